@@ -1,0 +1,39 @@
+"""The errors a user of jaxserve can meet.
+
+Every message gives the value, the limit and the remedy. The command line prints
+the message alone and exits with `exit_code`; a server maps the type to a status.
+"""
+
+from __future__ import annotations
+
+
+class JaxserveError(Exception):
+    """Base of every error raised on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(JaxserveError):
+    """A request or option is malformed or out of range."""
+
+    exit_code = 2
+
+
+class ConfigError(JaxserveError):
+    """A configuration has an unknown, missing or inconsistent field."""
+
+
+class UnsupportedError(JaxserveError):
+    """A well-formed option or architecture that this build does not support."""
+
+
+class CheckpointError(JaxserveError):
+    """A checkpoint file is missing, truncated, corrupt or does not fit the model."""
+
+
+class TokenizerError(JaxserveError):
+    """A tokenizer or chat template is missing, broken or refused."""
+
+
+class ContextLengthError(UsageError):
+    """Prompt and requested tokens do not fit the model's context."""
