@@ -1,0 +1,24 @@
+"""Sets the ground for every test: eight fake CPU devices, strict numerics, a throw-away cache.
+
+JAX reads these settings when it starts, so they stand before anything imports it; they are
+environment variables, so that processes started by tests inherit them.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+NUM_DEVICES = 8
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={NUM_DEVICES}"]
+).strip()
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+if "JAXSERVE_TEST_CACHE" not in os.environ:
+    # One folder for all workers of a run, removed by the process that made it.
+    os.environ["JAXSERVE_TEST_CACHE"] = tempfile.mkdtemp(prefix="jaxserve-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAXSERVE_TEST_CACHE"], ignore_errors=True)
+os.environ["JAXSERVE_CACHE_DIR"] = os.environ["JAXSERVE_TEST_CACHE"]
