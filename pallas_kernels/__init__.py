@@ -1,0 +1,54 @@
+"""Kernels by operation; one folder each, `reference.py` the definition.
+
+    kernels = kernel_set("xla")
+    out = kernels.attention(q, k, v, q_positions, k_positions, spec)
+
+A set is resolved once, when a program is built. What a backend lacks is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from jax import Array
+
+from jaxserve.errors import UnsupportedError
+
+BACKENDS = ("xla", "reference")
+"""Backends with a complete set of kernels."""
+
+
+@dataclass(frozen=True)
+class KernelSet:
+    """The kernels of one backend.
+
+    Attributes:
+        backend: name they were resolved for.
+        matmul: see `matmul.reference`.
+        attention: see `attention.reference`.
+    """
+
+    backend: str
+    matmul: Callable[..., Array]
+    attention: Callable[..., Array]
+
+
+def resolve(op: str, backend: str) -> Callable[..., Any]:
+    """Returns the function that computes `op` on `backend`.
+
+    Raises:
+        UnsupportedError: the backend is unknown or has no such kernel.
+    """
+    if backend not in BACKENDS:
+        raise UnsupportedError(
+            f"backend={backend!r} has no {op} kernel; use one of {', '.join(BACKENDS)}"
+        )
+    return getattr(import_module(f"{__name__}.{op}.{backend}"), op)
+
+
+def kernel_set(backend: str = "xla") -> KernelSet:
+    """Returns the kernels of `backend`."""
+    return KernelSet(backend, resolve("matmul", backend), resolve("attention", backend))

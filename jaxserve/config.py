@@ -1,0 +1,362 @@
+"""Architecture of a model as data.
+
+A `ModelConfig` is a tuple of layer specs and a few facts about the ends of the model.
+New mathematics is a new enum member or spec, never a family name: `family` is only a label.
+
+    layer = LayerSpec(
+        attention=AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=32, rope=RopeSpec(32)),
+        mlp=MlpSpec(ffn_dim=768, activation=Activation.SILU, gated=True),
+        norm=NormSpec(NormKind.RMS, eps=1e-5),
+    )
+    config = ModelConfig("llama", vocab_size=2048, embed_dim=256, layers=(layer,) * 6,
+                         final_norm=layer.norm, max_context_tokens=2048)
+
+Only the standard library is imported here, so kernels and layers run on a bare machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from jaxserve.errors import ConfigError
+
+
+class NormKind(StrEnum):
+    """Statistic a norm divides by."""
+
+    RMS = "rms"
+    LAYER = "layer"
+
+
+class Activation(StrEnum):
+    """Non-linearity of an MLP."""
+
+    SILU = "silu"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+    RELU = "relu"
+
+
+class RopeScaling(StrEnum):
+    """How rotary frequencies are stretched past the trained context."""
+
+    NONE = "none"
+    LINEAR = "linear"
+    DYNAMIC = "dynamic"
+    LLAMA3 = "llama3"
+    YARN = "yarn"
+
+
+class RopePairs(StrEnum):
+    """Which two features a rotation turns: halves apart, or neighbours."""
+
+    HALVES = "halves"
+    NEIGHBOURS = "neighbours"
+
+
+class BlockKind(StrEnum):
+    """How attention and MLP stand in a block: one after the other, or side by side."""
+
+    SERIAL = "serial"
+    PARALLEL = "parallel"
+
+
+class CacheKind(StrEnum):
+    """What a layer remembers of earlier tokens."""
+
+    FULL = "full"
+    WINDOW = "window"
+    LATENT = "latent"
+    STATE = "state"
+    STATIC = "static"
+
+
+@dataclass(frozen=True, slots=True)
+class NormSpec:
+    """A normalisation over the features.
+
+    Attributes:
+        kind: statistic divided by.
+        eps: added to the variance or mean square.
+        unit_offset: the stored scale is added to one (Gemma).
+        bias: a bias is added after scaling (LayerNorm of Falcon; not PaLM).
+    """
+
+    kind: NormKind = NormKind.RMS
+    eps: float = 1e-5
+    unit_offset: bool = False
+    bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """Rotary position embedding.
+
+    Attributes:
+        rotary_dim: features rotated, the first of each head; even.
+        theta: base of the frequencies.
+        pairs: which features form a pair.
+        scaling: how frequencies are stretched; the fields below are its parameters.
+        factor: stretch of the context.
+        original_context_tokens: context the model was trained at before stretching.
+        low_freq_factor, high_freq_factor: band edges of `llama3`.
+        beta_fast, beta_slow: band edges of `yarn`, in rotations.
+        truncate: `yarn` rounds the band edges to whole features.
+        attention_factor: `yarn` multiplies cos and sin by it.
+    """
+
+    rotary_dim: int
+    theta: float = 10_000.0
+    pairs: RopePairs = RopePairs.HALVES
+    scaling: RopeScaling = RopeScaling.NONE
+    factor: float = 1.0
+    original_context_tokens: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.rotary_dim <= 0 or self.rotary_dim % 2:
+            raise ConfigError(f"rotary_dim={self.rotary_dim} must be positive and even")
+        if self.scaling is not RopeScaling.NONE and self.factor < 1.0:
+            raise ConfigError(f"rope factor={self.factor} must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class AlibiSpec:
+    """Linear position bias, one slope per head, counted forward from key zero.
+
+    Attributes:
+        scale: multiplies slope times position (Falcon adds the bias before scaling scores).
+        bfloat16: slopes and biases are rounded to bfloat16, as Falcon was trained.
+    """
+
+    scale: float = 1.0
+    bfloat16: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """Attention of one layer; MHA, GQA and MQA are values of `num_kv_heads`.
+
+    Attributes:
+        num_heads, num_kv_heads: query heads N and key/value heads K; K divides N.
+        head_dim: features H of a head, independent of the width.
+        scale: multiplies scores; None means 1/sqrt(head_dim).
+        rope, alibi: position information; at most one.
+        window: a query sees this many newest keys, itself included; None sees all.
+        soft_cap: scores become cap * tanh(scores / cap).
+        qkv_bias, out_bias: biases of the projections.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float | None = None
+    rope: RopeSpec | None = None
+    alibi: AlibiSpec | None = None
+    window: int | None = None
+    soft_cap: float | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.num_heads, self.num_kv_heads, self.head_dim) <= 0:
+            raise ConfigError(
+                f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
+                f"head_dim={self.head_dim} must all be positive"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}"
+            )
+        if self.rope is not None and self.rope.rotary_dim > self.head_dim:
+            raise ConfigError(f"rotary_dim={self.rope.rotary_dim} exceeds head_dim={self.head_dim}")
+        if self.rope is not None and self.alibi is not None:
+            raise ConfigError("rope and alibi are both set; a layer takes at most one")
+        if self.window is not None and self.window <= 0:
+            raise ConfigError(f"window={self.window} must be positive; leave it out for none")
+
+    @property
+    def score_scale(self) -> float:
+        """Returns the factor that multiplies query-key products."""
+        return 1.0 / math.sqrt(self.head_dim) if self.scale is None else self.scale
+
+
+@dataclass(frozen=True, slots=True)
+class MlpSpec:
+    """Feed-forward part of one layer.
+
+    Attributes:
+        ffn_dim: hidden features F.
+        activation: non-linearity; of the gate where `gated`.
+        gated: activation(gate(x)) * up(x) instead of activation(up(x)).
+        bias: all projections have biases.
+    """
+
+    ffn_dim: int
+    activation: Activation
+    gated: bool
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.ffn_dim <= 0:
+            raise ConfigError(f"ffn_dim={self.ffn_dim} must be positive")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One block of the decoder.
+
+    Attributes:
+        attention, mlp: its two parts.
+        norm: the norm used throughout the block.
+        block: serial, or attention and MLP side by side on the same input.
+        mlp_norm: the MLP has a norm of its own (always in serial blocks; Falcon 40B).
+        post_norms: outputs of attention and MLP are normed too before they are added (Gemma 2).
+    """
+
+    attention: AttentionSpec
+    mlp: MlpSpec
+    norm: NormSpec
+    block: BlockKind = BlockKind.SERIAL
+    mlp_norm: bool = True
+    post_norms: bool = False
+
+    def __post_init__(self) -> None:
+        if self.block is BlockKind.SERIAL and not self.mlp_norm:
+            raise ConfigError("a serial block needs mlp_norm=True")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSpec:
+    """Memory that one layer needs of earlier tokens; all that allocators and planners read.
+
+    Attributes:
+        kind: full history, a window, a latent, or a fixed state.
+        token_shape: shape of what one token leaves behind: (2, K, H) for keys and values.
+        axes: logical axes of `token_shape`.
+        dtype: element type.
+        window: tokens kept; None keeps all.
+    """
+
+    kind: CacheKind
+    token_shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    dtype: str
+    window: int | None = None
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Returns the bytes that one token costs in one layer."""
+        return math.prod(self.token_shape) * dtype_bytes(self.dtype)
+
+    def bytes_per_sequence(self, context_tokens: int) -> int:
+        """Returns the bytes that a sequence of `context_tokens` costs in one layer."""
+        kept = context_tokens if self.window is None else min(context_tokens, self.window)
+        return kept * self.bytes_per_token
+
+
+@dataclass(frozen=True, slots=True)
+class CacheGroup:
+    """Layers that share a `CacheSpec`, and so a page table."""
+
+    spec: CacheSpec
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A decoder-only language model.
+
+    Attributes:
+        family: label for people and for the choice of checkpoint reader.
+        vocab_size: V.
+        embed_dim: width D.
+        layers: one spec per layer.
+        final_norm: norm before the logits.
+        max_context_tokens: longest sequence the model is meant for.
+        tied: logits use the embedding table.
+        embed_scale: multiplies embeddings; None means one.
+        logits_scale: multiplies logits; None means one (PaLM: 1/sqrt(embed_dim)).
+        logits_soft_cap: logits become cap * tanh(logits / cap).
+    """
+
+    family: str
+    vocab_size: int
+    embed_dim: int
+    layers: tuple[LayerSpec, ...]
+    final_norm: NormSpec
+    max_context_tokens: int
+    tied: bool = False
+    embed_scale: float | None = None
+    logits_scale: float | None = None
+    logits_soft_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ConfigError("layers is empty; a model has at least one layer")
+        for name in ("vocab_size", "embed_dim", "max_context_tokens"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be positive")
+
+    @property
+    def num_layers(self) -> int:
+        """Returns the number of layers L."""
+        return len(self.layers)
+
+    def cache_groups(self, dtype: str) -> tuple[CacheGroup, ...]:
+        """Returns the layers grouped by what they remember, in order of first layer."""
+        members: dict[CacheSpec, list[int]] = {}
+        for index, layer in enumerate(self.layers):
+            members.setdefault(cache_spec(layer.attention, dtype), []).append(index)
+        return tuple(CacheGroup(spec, tuple(layers)) for spec, layers in members.items())
+
+    def cache_bytes_per_token(self, dtype: str) -> int:
+        """Returns the bytes one more token costs over all layers, windows not yet full."""
+        return sum(g.spec.bytes_per_token * len(g.layers) for g in self.cache_groups(dtype))
+
+
+def cache_spec(attention: AttentionSpec, dtype: str) -> CacheSpec:
+    """Returns what a layer with this attention keeps of each token."""
+    return CacheSpec(
+        kind=CacheKind.FULL if attention.window is None else CacheKind.WINDOW,
+        token_shape=(2, attention.num_kv_heads, attention.head_dim),
+        axes=("kv", "kv_heads", "head"),
+        dtype=dtype,
+        window=attention.window,
+    )
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Returns the bytes of one element of `dtype`.
+
+    Raises:
+        ConfigError: the name is not one of the dtypes a model can be stored in.
+    """
+    sizes = {
+        "float32": 4,
+        "bfloat16": 2,
+        "float16": 2,
+        "float8_e4m3fn": 1,
+        "int8": 1,
+    }
+    if dtype not in sizes:
+        raise ConfigError(f"dtype={dtype!r} is not supported; use one of {', '.join(sizes)}")
+    return sizes[dtype]
+
+
+def uniform_layers(layer: LayerSpec, num_layers: int) -> tuple[LayerSpec, ...]:
+    """Returns `num_layers` copies of one spec."""
+    return (layer,) * num_layers
+
+
+def alternating_layers(pattern: Sequence[LayerSpec], num_layers: int) -> tuple[LayerSpec, ...]:
+    """Returns `num_layers` specs that repeat `pattern` in order."""
+    return tuple(pattern[i % len(pattern)] for i in range(num_layers))

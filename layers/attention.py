@@ -1,0 +1,35 @@
+"""Attention part of a block: projections, positions, and a cache that remembers."""
+
+from __future__ import annotations
+
+from flax import nnx
+from jax import Array
+
+from jaxserve.config import AttentionSpec
+from jaxserve.layers.cache import Cache
+from jaxserve.layers.linear import linear, linear_group
+from jaxserve.layers.param import Axis, Declare
+from jaxserve.layers.rope import rotate
+from jaxserve.layers.runtime import Runtime
+
+
+class Attention(nnx.Module):
+    """Multi-head, grouped or multi-query attention over a cache."""
+
+    def __init__(self, spec: AttentionSpec, embed: Axis, declare: Declare) -> None:
+        self.spec = spec
+        heads, kv_heads = Axis("heads", spec.num_heads), Axis("kv_heads", spec.num_kv_heads)
+        head = Axis("head", spec.head_dim)
+        self.qkv = declare.group(
+            (embed,), spec.qkv_bias, q=(heads, head), k=(kv_heads, head), v=(kv_heads, head)
+        )
+        self.out = declare.weight((heads, head), (embed,), spec.out_bias)
+
+    def __call__(self, x: Array, layer: int, cache: Cache, run: Runtime) -> tuple[Array, Cache]:
+        """Returns (attention of x[T, embed] as [T, embed], the cache with these tokens in it)."""
+        q, k, v = linear_group(x, self.qkv, run.comm, run.kernels)
+        if self.spec.rope is not None:
+            cos, sin = run.rotations[self.spec.rope]
+            q, k = rotate(q, self.spec.rope, cos, sin), rotate(k, self.spec.rope, cos, sin)
+        heads, cache = cache.attend(layer, q, k, v, self.spec, run.kernels)
+        return linear(heads, self.out, run.comm, run.kernels), cache

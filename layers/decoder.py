@@ -1,0 +1,157 @@
+"""The one decoder: a declaration of weights and a pure forward.
+
+    model = Model(config, Declare("float32"))
+    params = model.init(jax.random.key(0))               # plain tree of arrays
+    step = Step(tokens, positions, lengths)               # packed, int32[T]
+    output, cache = forward(model, params, step, NoCache(batch=1), LocalComm(), kernels)
+    output.logits                                         # float32[T, V]
+
+`forward` runs under eval_shape, jit, grad and shard_map; `Model` is hashable, so it can be a
+static argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jaxserve.config import ModelConfig
+from jaxserve.layers.block import Block
+from jaxserve.layers.cache import Cache
+from jaxserve.layers.norm import Norm
+from jaxserve.layers.param import Axis, Declare, Init, Orientation, Weight, named_parameters
+from jaxserve.layers.runtime import Runtime
+from jaxserve.layers.step import Step
+from jaxserve.layers.tap import Taps
+from jaxserve.pallas_kernels import KernelSet
+from jaxserve.partitioning.collectives import Comm
+
+Params = dict[str, Any]
+
+
+class Decoder(nnx.Module):
+    """Embedding, blocks, final norm and logits of a `ModelConfig`."""
+
+    def __init__(self, config: ModelConfig, declare: Declare) -> None:
+        self.config = config
+        embed, vocab = Axis("embed", config.embed_dim), Axis("vocab", config.vocab_size)
+        self.embedding = declare.table(vocab, embed)
+        self.layers = nnx.List([Block(spec, embed, declare) for spec in config.layers])
+        self.final_norm = Norm(config.final_norm, embed, declare)
+        self.head = (
+            None
+            if config.tied
+            else Weight((embed,), (vocab,), False, declare.dtype, Orientation.OUT_IN)
+        )
+
+    def hidden(self, step: Step, cache: Cache, run: Runtime) -> tuple[Array, Cache]:
+        """Returns (the normed residual stream [T, embed] after the last block, the cache)."""
+        x = jnp.take(self.embedding[...], step.tokens, axis=0)
+        if self.config.embed_scale is not None:
+            x = x * jnp.asarray(self.config.embed_scale, x.dtype)
+        x = run.tap("embed", x)
+        cache = cache.begin(step)
+        for index, block in enumerate(self.layers):
+            x, cache = block(x, index, cache, run)
+        return run.tap("final", self.final_norm(x, run.comm)), cache.end()
+
+    def logits(self, hidden: Array, run: Runtime) -> Array:
+        """Returns float32[R, V] for hidden[R, embed]."""
+        table = self.embedding if self.head is None else self.head.values
+        x = run.comm.all_gather(hidden, ("embed",))
+        y = run.kernels.matmul(x, table[...], 1, Orientation.OUT_IN.value, jnp.dtype("float32"))
+        y = run.comm.reduce_scatter(y, ("embed",), ("vocab",))
+        if self.config.logits_scale is not None:
+            y = y * self.config.logits_scale
+        if self.config.logits_soft_cap is not None:
+            cap = self.config.logits_soft_cap
+            y = jnp.tanh(y / cap) * cap
+        return y
+
+
+@dataclass(frozen=True)
+class Model:
+    """A configuration and the way a backend stores its weights; no arrays."""
+
+    config: ModelConfig
+    declare: Declare
+
+    def module(self) -> Decoder:
+        """Returns the declared decoder, its parameters abstract."""
+        return Decoder(self.config, self.declare)
+
+    def abstract_params(self) -> Params:
+        """Returns the tree of parameters as shapes and dtypes."""
+        return nnx.to_pure_dict(nnx.state(self.module()))
+
+    def param_axes(self) -> Params:
+        """Returns the tree of parameters with each array's logical axes, as tuples of words."""
+        flat = [(path, leaf.axes) for path, leaf in named_parameters(self.module())]
+        return nnx.to_pure_dict(nnx.State.from_flat_path(flat))
+
+    def init(self, key: Array) -> Params:
+        """Returns fresh random parameters: normal with variance 1/fan-in, embeddings 0.02."""
+        flat = []
+        for index, (path, leaf) in enumerate(named_parameters(self.module())):
+            shape, dtype = leaf.get_value().shape, leaf.get_value().dtype
+            match leaf.init:
+                case Init.ZEROS:
+                    value = jnp.zeros(shape, dtype)
+                case Init.ONES:
+                    value = jnp.ones(shape, dtype)
+                case _:
+                    std = 0.02 if leaf.init is Init.EMBED else leaf.fan_in**-0.5
+                    noise = jax.random.normal(jax.random.fold_in(key, index), shape)
+                    value = (noise * std).astype(dtype)
+            flat.append((path, value))
+        return nnx.to_pure_dict(nnx.State.from_flat_path(flat))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Output:
+    """Result of a forward.
+
+    Attributes:
+        logits: float32[R, V] of the rows asked for.
+        hidden: [T, embed] after the final norm.
+        taps: captured activations by name.
+    """
+
+    logits: Array
+    hidden: Array
+    taps: dict[str, Array]
+
+
+def forward(
+    model: Model,
+    params: Params,
+    step: Step,
+    cache: Cache,
+    comm: Comm,
+    kernels: KernelSet,
+    rows: Array | None = None,
+    capture: tuple[str, ...] = (),
+    edit: Mapping[str, Callable[[Array], Array]] | None = None,
+) -> tuple[Output, Cache]:
+    """Returns (output, cache) of one step.
+
+    Args:
+        params: arrays in the tree of `model.abstract_params()`.
+        rows: int32[R], tokens whose logits are wanted; None wants all.
+        capture: names or patterns of activations to return in `Output.taps`.
+        edit: name -> function applied to that activation.
+    """
+    decoder = nnx.merge(nnx.graphdef(model.module()), params)
+    taps = Taps(capture, edit)
+    ropes = {s.attention.rope for s in model.config.layers if s.attention.rope is not None}
+    run = Runtime.begin(step, ropes, comm, kernels, taps)
+    hidden, cache = decoder.hidden(step, cache, run)
+    logits = decoder.logits(hidden if rows is None else jnp.take(hidden, rows, axis=0), run)
+    return Output(logits, hidden, taps.captured), cache

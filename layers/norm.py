@@ -1,0 +1,35 @@
+"""Normalisation over the features."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from jaxserve.config import NormKind, NormSpec
+from jaxserve.layers.param import Axis, Declare, Init
+from jaxserve.partitioning.collectives import Comm
+
+
+class Norm(nnx.Module):
+    """RMSNorm or LayerNorm; statistics in float32, summed over the shards of the features."""
+
+    def __init__(self, spec: NormSpec, axis: Axis, declare: Declare) -> None:
+        self.spec = spec
+        self.size = axis.size
+        self.axis = axis.name
+        self.scale = declare.vector(axis, Init.ZEROS if spec.unit_offset else Init.ONES)
+        self.bias = declare.vector(axis, Init.ZEROS) if spec.bias else None
+
+    def __call__(self, x: Array, comm: Comm) -> Array:
+        """Returns x[..., features] normalised, in x's dtype."""
+        h = x.astype(jnp.float32)
+        if self.spec.kind is NormKind.LAYER:
+            h = h - comm.psum(jnp.sum(h, -1, keepdims=True), self.axis) / self.size
+        mean_square = comm.psum(jnp.sum(h * h, -1, keepdims=True), self.axis) / self.size
+        h = h * lax.rsqrt(mean_square + self.spec.eps)
+        scale = self.scale[...].astype(jnp.float32)
+        h = h * (1.0 + scale if self.spec.unit_offset else scale)
+        if self.bias is not None:
+            h = h + self.bias[...].astype(jnp.float32)
+        return h.astype(x.dtype)

@@ -1,0 +1,1 @@
+"""Attention of a batch of equally long query runs over a dense cache."""

@@ -1,0 +1,36 @@
+"""Definition of attention: float32, every key repeated for its query heads."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxserve.config import AttentionSpec
+from jaxserve.pallas_kernels.attention.scores import alibi_bias, capped, visible
+
+
+def attention(
+    q: Array, k: Array, v: Array, q_positions: Array, k_positions: Array, spec: AttentionSpec
+) -> Array:
+    """Returns softmax(scale q k + bias) v as [B, L, N, H] in q's dtype.
+
+    A query whose position is negative is padding: its output is finite and means nothing.
+
+    Args:
+        q: [B, L, N, H].
+        k, v: [B, K, S, H].
+        q_positions: int32[B, L].
+        k_positions: int32[B, S], -1 where nothing is stored.
+    """
+    groups = q.shape[2] // k.shape[1]
+    wide_k = jnp.repeat(k.astype(jnp.float32), groups, axis=1)
+    wide_v = jnp.repeat(v.astype(jnp.float32), groups, axis=1)
+    exact = lax.Precision.HIGHEST
+    scores = jnp.einsum("BLNH,BNSH->BNLS", q.astype(jnp.float32), wide_k, precision=exact)
+    scores = capped(scores * spec.score_scale, spec)
+    if spec.alibi is not None:
+        scores = scores + alibi_bias(spec.alibi, q.shape[2], k_positions)[:, :, None, :]
+    mask = visible(q_positions, k_positions, spec.window)[:, None]
+    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    return jnp.einsum("BNLS,BNSH->BLNH", weights, wide_v, precision=exact).astype(q.dtype)
