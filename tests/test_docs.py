@@ -77,8 +77,8 @@ def check_pip(command: str) -> None:
 
 
 def run_command(command: str, folder: Path) -> None:
-    if command.startswith("make "):
-        return check_make(command.split()[1])
+    if made := re.match(r"(?:\w+=\S+ )*make ([a-z-]+)$", command):
+        return check_make(made[1])
     if re.match(r"(python -m )?pip install ", command):
         return check_pip(command)
     done = subprocess.run(
