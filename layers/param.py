@@ -117,6 +117,13 @@ class Declare:
     orientation: Orientation = Orientation.IN_OUT
     fuse: bool = False
 
+    @classmethod
+    def best(cls, platform: str, dtype: str) -> Declare:
+        """Returns how one device of `platform` ("cpu", "gpu", "tpu") stores weights best."""
+        on_cpu = platform == "cpu"
+        outputs_first = on_cpu and dtype != "float32"
+        return cls(dtype, Orientation.OUT_IN if outputs_first else Orientation.IN_OUT, fuse=True)
+
     def weight(self, inputs: Axes, outputs: Axes, bias: bool = False) -> Weight:
         """Returns a declared linear map."""
         return Weight(inputs, outputs, bias, self.dtype, self.orientation)

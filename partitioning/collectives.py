@@ -6,6 +6,7 @@ mesh and which collective that takes. On one device nothing lies on a mesh: `Loc
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from jax import Array
@@ -33,6 +34,7 @@ class Comm(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class LocalComm:
     """The identity: one device holds everything."""
 

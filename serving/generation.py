@@ -1,0 +1,202 @@
+"""Generation as pure functions of pytrees: `prefill`, `decode_step`, `generate`, `logits`.
+
+    program = Program(model, LocalComm(), kernel_set("xla"))
+    batch = Prompts(tokens, lengths)                          # int32[B, L] and int32[B]
+    result = generate(program, params, batch, sampling, slots=256, max_tokens=64)
+    result.tokens                                             # int32[B, 64]
+
+`Program` is hashable: pass it as a static argument. `start` and `advance` are the two steps
+that a loop on the host drives when tokens are wanted as they come.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxserve.layers.cache import DenseCache, NoCache
+from jaxserve.layers.decoder import Model, Params, forward
+from jaxserve.layers.step import Step
+from jaxserve.pallas_kernels import KernelSet
+from jaxserve.partitioning.collectives import Comm
+from jaxserve.serving.sampler import Sampled, Sampling, sample
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a compiled step is built from; no arrays."""
+
+    model: Model
+    comm: Comm
+    kernels: KernelSet
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts of a batch.
+
+    Attributes:
+        tokens: int32[B, L], padded on the right; what stands in the padding does not matter.
+        lengths: int32[B], tokens of each prompt, at least 1.
+    """
+
+    tokens: Array
+    lengths: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Progress:
+    """A batch between two steps.
+
+    Attributes:
+        cache: keys and values so far, without the last token's.
+        tokens: int32[B], last token of each row.
+        positions: int32[B], position of that token.
+        sampling: parameters and state of the sampler.
+    """
+
+    cache: DenseCache
+    tokens: Array
+    positions: Array
+    sampling: Sampling
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Generated:
+    """Outcome of `generate`.
+
+    Attributes:
+        tokens: int32[B, max_tokens]; -1 after the end of a row.
+        lengths: int32[B], tokens of each row, an ending stop token included.
+        logprobs: float32[B, max_tokens] of the tokens, or None.
+    """
+
+    tokens: Array
+    lengths: Array
+    logprobs: Array | None
+
+
+def logits(program: Program, params: Params, tokens: Array) -> Array:
+    """Returns float32[B, L, V] for int32[B, L] whole sequences; differentiable."""
+    batch, length = tokens.shape
+    positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
+    step = Step(tokens.reshape(-1), positions, jnp.full_like(positions, length))
+    out, _ = forward(program.model, params, step, NoCache(batch), program.comm, program.kernels)
+    return out.logits.reshape(batch, length, -1)
+
+
+def prefill(
+    program: Program, params: Params, prompts: Prompts, cache: DenseCache
+) -> tuple[Array, DenseCache]:
+    """Returns (float32[B, V] after each prompt's last token, the cache filled)."""
+    batch, length = prompts.tokens.shape
+    column = jnp.arange(length, dtype=jnp.int32)[None, :]
+    inside = column < prompts.lengths[:, None]
+    positions = jnp.where(inside, column, -1).reshape(-1)
+    tokens = jnp.where(inside, prompts.tokens, 0).reshape(-1)
+    lengths = jnp.repeat(prompts.lengths, length)
+    last = jnp.arange(batch) * length + prompts.lengths - 1
+    out, cache = forward(
+        program.model,
+        params,
+        Step(tokens, positions, lengths),
+        cache,
+        program.comm,
+        program.kernels,
+        rows=last,
+    )
+    return out.logits, cache
+
+
+def decode_step(
+    program: Program, params: Params, tokens: Array, positions: Array, cache: DenseCache
+) -> tuple[Array, DenseCache]:
+    """Returns (float32[B, V] after one more token a row, the cache with it).
+
+    Args:
+        tokens, positions: int32[B].
+    """
+    step = Step(tokens, positions, positions + 1)
+    out, cache = forward(program.model, params, step, cache, program.comm, program.kernels)
+    return out.logits, cache
+
+
+def start(
+    program: Program, params: Params, prompts: Prompts, sampling: Sampling, slots: int
+) -> tuple[Sampled, Progress]:
+    """Returns (the first token of each row, the batch to go on with).
+
+    Args:
+        slots: room of the cache, in tokens a row; at least L.
+    """
+    batch = prompts.tokens.shape[0]
+    model = program.model
+    cache = DenseCache.create(model.config, batch, slots, model.declare.dtype)
+    scores, cache = prefill(program, params, prompts, cache)
+    sampled, sampling = sample(scores, prompts.lengths, sampling)
+    return sampled, Progress(cache, sampled.tokens, prompts.lengths, sampling)
+
+
+def advance(program: Program, params: Params, progress: Progress) -> tuple[Sampled, Progress]:
+    """Returns (the next token of each row, the batch to go on with)."""
+    scores, cache = decode_step(
+        program, params, progress.tokens, progress.positions, progress.cache
+    )
+    positions = progress.positions + 1
+    sampled, sampling = sample(scores, positions, progress.sampling)
+    return sampled, Progress(cache, sampled.tokens, positions, sampling)
+
+
+def generate(
+    program: Program,
+    params: Params,
+    prompts: Prompts,
+    sampling: Sampling,
+    slots: int,
+    max_tokens: int,
+) -> Generated:
+    """Returns up to `max_tokens` tokens a row in one loop on the device.
+
+    It ends early once every row has drawn a stop token.
+
+    Args:
+        slots: at least L + max_tokens - 1.
+    """
+    sampled, progress = start(program, params, prompts, sampling, slots)
+    batch = prompts.tokens.shape[0]
+    tokens = jnp.full((batch, max_tokens), -1, jnp.int32).at[:, 0].set(sampled.tokens)
+    scores = None
+    if sampled.logprobs is not None:
+        scores = jnp.zeros((batch, max_tokens), jnp.float32).at[:, 0].set(sampled.logprobs)
+    result = Generated(tokens, jnp.ones(batch, jnp.int32), scores)
+    Carry = tuple[Array, Array, Progress, Generated]
+
+    def unfinished(carry: Carry) -> Array:
+        index, done, _, _ = carry
+        return (index < max_tokens) & ~jnp.all(done)
+
+    def body(carry: Carry) -> Carry:
+        index, done, progress, result = carry
+        sampled, progress = advance(program, params, progress)
+        column = jnp.where(done, -1, sampled.tokens)[:, None]
+        logprobs = result.logprobs
+        if logprobs is not None:
+            assert sampled.logprobs is not None
+            own = jnp.where(done, 0.0, sampled.logprobs)[:, None]
+            logprobs = lax.dynamic_update_slice(logprobs, own, (0, index))
+        result = replace(
+            result,
+            tokens=lax.dynamic_update_slice(result.tokens, column, (0, index)),
+            lengths=result.lengths + ~done,
+            logprobs=logprobs,
+        )
+        return index + 1, done | sampled.stopped, progress, result
+
+    carry = jnp.int32(1), sampled.stopped, progress, result
+    return lax.while_loop(unfinished, body, carry)[-1]

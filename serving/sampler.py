@@ -1,0 +1,314 @@
+"""From logits to tokens, every sampling parameter, row by row, on the device.
+
+    sampling = Sampling.create([params], prompts=[[1, 5, 7]], stop_ids=[(0,)], vocab_size=V)
+    sampled, sampling = sample(logits, positions, sampling)       # logits: float32[B, V]
+
+The order is that of the field: bias, minimum length, penalties, temperature, min-p, top-k,
+top-p, draw. A row's token depends on its own logits, parameters, seed and position alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxserve.serving.request import GREEDY_BELOW, SamplingParams
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Penalties:
+    """What penalties need to know of earlier tokens.
+
+    Attributes:
+        repetition, presence, frequency: float32[B].
+        in_prompt: bool[B, V], tokens of the prompt.
+        counts: int32[B, V], occurrences in the output.
+    """
+
+    repetition: Array
+    presence: Array
+    frequency: Array
+    in_prompt: Array
+    counts: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Filters:
+    """Parameters that cut off unlikely tokens: top_k int32[B]; top_p, min_p float32[B]."""
+
+    top_k: Array
+    top_p: Array
+    min_p: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling parameters and state of a batch. Parts that no row uses are None.
+
+    Attributes:
+        temperature: float32[B]; None when all rows are greedy.
+        seed: uint32[B, 2], high and low word.
+        sample_index: int32[B], which of `n` completions the row is.
+        stop_ids: int32[B, M], tokens that end the row, -1 for none.
+        min_tokens: int32[B].
+        generated: int32[B], tokens drawn so far.
+        bias: float32[B, V].
+        num_logprobs: likeliest tokens to report; None reports nothing.
+    """
+
+    temperature: Array | None
+    seed: Array
+    sample_index: Array
+    stop_ids: Array
+    min_tokens: Array
+    generated: Array
+    bias: Array | None = None
+    penalties: Penalties | None = None
+    filters: Filters | None = None
+    num_logprobs: int | None = field(default=None, metadata={"static": True})
+
+    @classmethod
+    def create(
+        cls,
+        rows: Sequence[SamplingParams],
+        prompts: Sequence[Sequence[int]],
+        stop_ids: Sequence[Sequence[int]],
+        vocab_size: int,
+        sample_indices: Sequence[int] | None = None,
+    ) -> Self:
+        """Returns the state before the first token.
+
+        Args:
+            rows: resolved parameters with seeds, one per row.
+            prompts: token ids, which the repetition penalty looks at.
+            stop_ids: tokens that end each row.
+        """
+        batch = len(rows)
+        greedy = all(p.greedy for p in rows)
+        asked = [p.logprobs for p in rows if p.logprobs is not None]
+        return cls(
+            temperature=None if greedy else _floats(rows, "temperature"),
+            seed=np.array(
+                [[(p.seed or 0) >> 32 & 0xFFFFFFFF, (p.seed or 0) & 0xFFFFFFFF] for p in rows],
+                np.uint32,
+            ),
+            sample_index=np.asarray(sample_indices or [0] * batch, np.int32),
+            stop_ids=_padded(stop_ids),
+            min_tokens=_ints(rows, "min_tokens"),
+            generated=np.zeros(batch, np.int32),
+            bias=_bias(rows, vocab_size),
+            penalties=_penalties(rows, prompts, vocab_size),
+            filters=None if greedy else _filters(rows),
+            num_logprobs=max(asked) if asked else None,
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampled:
+    """Tokens of one step.
+
+    Attributes:
+        tokens: int32[B].
+        stopped: bool[B], the token ends its row.
+        logprobs: float32[B], of the chosen token before bias, penalties and temperature; or None.
+        top_tokens, top_logprobs: [B, num_logprobs], likeliest first; or None.
+    """
+
+    tokens: Array
+    stopped: Array
+    logprobs: Array | None = None
+    top_tokens: Array | None = None
+    top_logprobs: Array | None = None
+
+
+def sample(logits: Array, positions: Array, sampling: Sampling) -> tuple[Sampled, Sampling]:
+    """Returns (tokens, state after them).
+
+    Args:
+        logits: float32[B, V].
+        positions: int32[B], position in its sequence of the token to be drawn.
+    """
+    tokens = _choose(_adjusted(logits, sampling), positions, sampling).astype(jnp.int32)
+    is_stop = jnp.any(sampling.stop_ids == tokens[:, None], axis=1)
+    stopped = is_stop & (sampling.generated >= sampling.min_tokens)
+    after = replace(
+        sampling,
+        generated=sampling.generated + 1,
+        penalties=_counted(sampling.penalties, tokens),
+    )
+    return _reported(logits, tokens, stopped, sampling.num_logprobs), after
+
+
+def _adjusted(logits: Array, sampling: Sampling) -> Array:
+    """Returns logits with bias, minimum length and penalties applied."""
+    batch, vocab = logits.shape
+    if sampling.bias is not None:
+        logits = logits + sampling.bias
+    too_short = (sampling.generated < sampling.min_tokens)[:, None]
+    # Without stop tokens the index lies past the end and the update is dropped.
+    stops = jnp.where(too_short & (sampling.stop_ids >= 0), sampling.stop_ids, vocab)
+    logits = logits.at[jnp.arange(batch)[:, None], stops].set(-jnp.inf, mode="drop")
+    if sampling.penalties is None:
+        return logits
+    p = sampling.penalties
+    drawn = p.counts > 0
+    repeated = jnp.where(p.in_prompt | drawn, p.repetition[:, None], 1.0)
+    logits = jnp.where(logits > 0, logits / repeated, logits * repeated)
+    logits = logits - p.frequency[:, None] * p.counts.astype(jnp.float32)
+    return logits - p.presence[:, None] * drawn.astype(jnp.float32)
+
+
+def _choose(logits: Array, positions: Array, sampling: Sampling) -> Array:
+    """Returns int[B]: the likeliest token of greedy rows, a drawn one of the others."""
+    likeliest = jnp.argmax(logits, axis=-1)
+    if sampling.temperature is None:
+        return likeliest
+    greedy = sampling.temperature < GREEDY_BELOW
+    scaled = logits / jnp.where(greedy, 1.0, sampling.temperature)[:, None]
+    if sampling.filters is not None:
+        scaled = jnp.where(_kept(scaled, sampling.filters), scaled, -jnp.inf)
+    weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
+    ladder = jnp.cumsum(weights, axis=-1)
+    goal = _uniform(sampling, positions)[:, None] * ladder[:, -1:]
+    # The first step of the ladder above the goal; its weight is never zero.
+    drawn = jnp.argmax(ladder > goal, axis=-1)
+    return jnp.where(greedy, likeliest, drawn)
+
+
+def _uniform(sampling: Sampling, positions: Array) -> Array:
+    """Returns float32[B] in [0, 1): a function of seed, sample index and position."""
+
+    def one(seed: Array, index: Array, position: Array) -> Array:
+        key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+        key = jax.random.fold_in(jax.random.fold_in(key, index), position)
+        return jax.random.uniform(key)
+
+    return jax.vmap(one)(sampling.seed, sampling.sample_index, positions)
+
+
+def _kept(logits: Array, filters: Filters) -> Array:
+    """Returns bool[B, V]: tokens that min-p, top-k and then top-p leave."""
+    vocab = logits.shape[-1]
+    best = jnp.max(logits, axis=-1, keepdims=True)
+    relative = jnp.exp(logits - best)
+    kept = relative >= filters.min_p[:, None]
+    count = jnp.where(filters.top_k > 0, jnp.minimum(filters.top_k, vocab), vocab)
+    kept &= largest_until(logits, kept.astype(jnp.float32), count.astype(jnp.float32))
+    mass = jnp.where(kept, relative, 0.0)
+    total = jnp.sum(mass, axis=-1)
+    nucleus = largest_until(logits, mass, filters.top_p * total)
+    return kept & (nucleus | (filters.top_p >= 1.0)[:, None])
+
+
+def largest_until(values: Array, weights: Array, target: Array) -> Array:
+    """Returns bool[B, V]: the fewest largest values whose weights reach `target`.
+
+    Equal values are taken in order of index. All are taken where the target is out of reach.
+    Bisection over the ordered bits of a float: 32 sums instead of a sort.
+
+    Args:
+        values: float32[B, V].
+        weights: float32[B, V], not negative.
+        target: float32[B], above zero.
+    """
+    bits = lax.bitcast_convert_type(values + 0.0, jnp.int32)  # -0.0 becomes 0.0
+    order = jnp.where(bits >= 0, bits, bits ^ jnp.int32(0x7FFFFFFF))
+
+    def reached(threshold: Array) -> Array:
+        above = jnp.where(order >= threshold[:, None], weights, 0.0)
+        return jnp.sum(above, axis=-1) >= target
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low & high) + ((low ^ high) >> 1)  # mean without overflow
+        enough = reached(middle)
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    start = (
+        jnp.full(values.shape[0], -(2**31), jnp.int32),
+        jnp.full(values.shape[0], 2**31 - 1, jnp.int32),
+    )
+    edge = lax.fori_loop(0, 32, halve, start)[0][:, None]
+    above = jnp.sum(jnp.where(order > edge, weights, 0.0), axis=-1, keepdims=True)
+    tied = jnp.where(order == edge, weights, 0.0)
+    before = jnp.cumsum(tied, axis=-1) - tied
+    return (order > edge) | ((order == edge) & (above + before < target[:, None]))
+
+
+def _counted(penalties: Penalties | None, tokens: Array) -> Penalties | None:
+    if penalties is None:
+        return None
+    rows = jnp.arange(tokens.shape[0])
+    return replace(penalties, counts=penalties.counts.at[rows, tokens].add(1))
+
+
+def _reported(logits: Array, tokens: Array, stopped: Array, count: int | None) -> Sampled:
+    """Returns the tokens with the log-probabilities that are asked for."""
+    if count is None:
+        return Sampled(tokens, stopped)
+    all_logprobs = jax.nn.log_softmax(logits, axis=-1)
+    chosen = jnp.take_along_axis(all_logprobs, tokens[:, None], axis=-1)[:, 0]
+    top_logprobs, top_tokens = lax.top_k(all_logprobs, count)
+    return Sampled(tokens, stopped, chosen, top_tokens, top_logprobs)
+
+
+def _floats(rows: Sequence[SamplingParams], name: str) -> np.ndarray:
+    return np.array([getattr(p, name) for p in rows], np.float32)
+
+
+def _ints(rows: Sequence[SamplingParams], name: str) -> np.ndarray:
+    return np.array([getattr(p, name) or 0 for p in rows], np.int32)
+
+
+def _padded(stop_ids: Sequence[Sequence[int]]) -> np.ndarray:
+    """Returns int32[B, M], -1 past the end; M is a power of two, so that few programs differ."""
+    longest = max((len(s) for s in stop_ids), default=0)
+    width = 1 << max(longest - 1, 0).bit_length()
+    return np.array([[*s, *[-1] * (width - len(s))] for s in stop_ids], np.int32)
+
+
+def _bias(rows: Sequence[SamplingParams], vocab_size: int) -> np.ndarray | None:
+    if not any(p.logit_bias for p in rows):
+        return None
+    bias = np.zeros((len(rows), vocab_size), np.float32)
+    for row, params in enumerate(rows):
+        for token, value in params.logit_bias.items():
+            bias[row, token] = value
+    return bias
+
+
+def _penalties(
+    rows: Sequence[SamplingParams], prompts: Sequence[Sequence[int]], vocab_size: int
+) -> Penalties | None:
+    neutral = all(
+        p.repetition_penalty == 1 and not p.presence_penalty and not p.frequency_penalty
+        for p in rows
+    )
+    if neutral:
+        return None
+    in_prompt = np.zeros((len(rows), vocab_size), bool)
+    for row, prompt in enumerate(prompts):
+        in_prompt[row, list(prompt)] = True
+    return Penalties(
+        _floats(rows, "repetition_penalty"),
+        _floats(rows, "presence_penalty"),
+        _floats(rows, "frequency_penalty"),
+        in_prompt,
+        np.zeros((len(rows), vocab_size), np.int32),
+    )
+
+
+def _filters(rows: Sequence[SamplingParams]) -> Filters | None:
+    if all(not p.top_k and p.top_p == 1 and not p.min_p for p in rows):
+        return None
+    return Filters(_ints(rows, "top_k"), _floats(rows, "top_p"), _floats(rows, "min_p"))
