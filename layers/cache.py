@@ -71,6 +71,7 @@ class NoCache:
             self.positions,
             self.positions,
             spec,
+            own=True,
         )
         return out.reshape(q.shape), self
 
@@ -133,7 +134,7 @@ class DenseCache:
             seen = new_k, new_v, own, own
         else:
             seen = keys, values, own, self.slot_positions
-        out = kernels.attention(_by_sequence(q, batch), *seen, spec)
+        out = kernels.attention(_by_sequence(q, batch), *seen, spec, own=self.empty)
         stored = replace(
             self,
             keys=_replaced(self.keys, layer, keys),

@@ -11,7 +11,13 @@ from jaxserve.pallas_kernels.attention.scores import alibi_bias, capped, visible
 
 
 def attention(
-    q: Array, k: Array, v: Array, q_positions: Array, k_positions: Array, spec: AttentionSpec
+    q: Array,
+    k: Array,
+    v: Array,
+    q_positions: Array,
+    k_positions: Array,
+    spec: AttentionSpec,
+    own: bool = False,
 ) -> Array:
     """Returns softmax(scale q k + bias) v as [B, L, N, H] in q's dtype.
 
@@ -22,6 +28,8 @@ def attention(
         k, v: [B, K, S, H].
         q_positions: int32[B, L].
         k_positions: int32[B, S], -1 where nothing is stored.
+        own: keys and values are those of the query tokens themselves, in the same order, so that
+            no query sees a later index (a hint; it changes no result).
     """
     groups = q.shape[2] // k.shape[1]
     wide_k = jnp.repeat(k.astype(jnp.float32), groups, axis=1)

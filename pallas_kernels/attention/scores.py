@@ -6,7 +6,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from jaxserve.config import AlibiSpec, AttentionSpec
 
@@ -23,10 +23,16 @@ def alibi_bias(spec: AlibiSpec, num_heads: int, k_positions: Array) -> Array:
 
     Source: Press et al. 2022; head counts that are no power of two as published with BLOOM.
     """
-    dtype = jnp.bfloat16 if spec.bfloat16 else jnp.float32
-    slopes = jnp.asarray(alibi_slopes(num_heads), jnp.float32).astype(dtype)
-    bias = slopes[None, :, None] * k_positions[:, None, :].astype(dtype)
-    return bias.astype(jnp.float32) * spec.scale
+    slopes, positions = jnp.asarray(alibi_slopes(num_heads)), k_positions.astype(jnp.float32)
+    if spec.bfloat16:
+        slopes, positions = _as_bfloat16(slopes), _as_bfloat16(positions)
+    bias = slopes[None, :, None] * positions[:, None, :]
+    return (_as_bfloat16(bias) if spec.bfloat16 else bias) * spec.scale
+
+
+def _as_bfloat16(x: Array) -> Array:
+    """Returns x rounded to bfloat16, in its own dtype; XLA may drop a pair of casts."""
+    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
