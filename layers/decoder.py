@@ -25,7 +25,15 @@ from jaxserve.config import ModelConfig
 from jaxserve.layers.block import Block
 from jaxserve.layers.cache import Cache
 from jaxserve.layers.norm import Norm
-from jaxserve.layers.param import Axis, Declare, Init, Orientation, Weight, named_parameters
+from jaxserve.layers.param import (
+    Axis,
+    Declare,
+    Init,
+    Orientation,
+    Weight,
+    named_parameters,
+    tree_of,
+)
 from jaxserve.layers.runtime import Runtime
 from jaxserve.layers.step import Step
 from jaxserve.layers.tap import Taps
@@ -88,12 +96,11 @@ class Model:
 
     def abstract_params(self) -> Params:
         """Returns the tree of parameters as shapes and dtypes."""
-        return nnx.to_pure_dict(nnx.state(self.module()))
+        return tree_of((path, leaf.get_value()) for path, leaf in named_parameters(self.module()))
 
     def param_axes(self) -> Params:
         """Returns the tree of parameters with each array's logical axes, as tuples of words."""
-        flat = [(path, leaf.axes) for path, leaf in named_parameters(self.module())]
-        return nnx.to_pure_dict(nnx.State.from_flat_path(flat))
+        return tree_of((path, leaf.axes) for path, leaf in named_parameters(self.module()))
 
     def init(self, key: Array) -> Params:
         """Returns fresh random parameters: normal with variance 1/fan-in, embeddings 0.02."""
@@ -110,7 +117,7 @@ class Model:
                     noise = jax.random.normal(jax.random.fold_in(key, index), shape)
                     value = (noise * std).astype(dtype)
             flat.append((path, value))
-        return nnx.to_pure_dict(nnx.State.from_flat_path(flat))
+        return tree_of(flat)
 
 
 @jax.tree_util.register_dataclass

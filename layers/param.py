@@ -15,10 +15,10 @@ Values are abstract here; parameters live outside, in a plain tree of the same p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -154,5 +154,15 @@ def size_of(axes: Axes) -> int:
 
 def named_parameters(module: nnx.Module) -> Iterator[tuple[tuple[str | int, ...], Parameter]]:
     """Yields (path, parameter) of every declared parameter, in a fixed order."""
-    for path, leaf in nnx.to_flat_state(nnx.state(module)):
-        yield path, leaf
+    yield from nnx.to_flat_state(nnx.state(module))
+
+
+def tree_of(flat: Iterable[tuple[tuple[str | int, ...], Any]]) -> dict[Any, Any]:
+    """Returns nested dicts with every leaf at its path."""
+    tree: dict[Any, Any] = {}
+    for path, leaf in flat:
+        branch = tree
+        for key in path[:-1]:
+            branch = branch.setdefault(key, {})
+        branch[path[-1]] = leaf
+    return tree
