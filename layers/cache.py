@@ -130,17 +130,15 @@ class DenseCache:
             self.values[layer], new_v.astype(self.values[layer].dtype), at
         )
         own = lax.dynamic_slice_in_dim(self.slot_positions, self.slot, self.pending, 1)
-        if self.empty:
-            seen = new_k, new_v, own, own
-        else:
-            seen = keys, values, own, self.slot_positions
+        stored = keys, values, own, self.slot_positions
+        seen = (new_k, new_v, own, own) if self.empty else stored
         out = kernels.attention(_by_sequence(q, batch), *seen, spec, own=self.empty)
-        stored = replace(
+        after = replace(
             self,
             keys=_replaced(self.keys, layer, keys),
             values=_replaced(self.values, layer, values),
         )
-        return out.reshape(q.shape), stored
+        return out.reshape(q.shape), after
 
     def end(self) -> DenseCache:
         """Returns the cache with the step's slots taken."""

@@ -1,0 +1,369 @@
+"""The notebook face: load a model, generate, look at it.
+
+import jaxserve as js
+
+llm = js.load("tiny")
+llm.generate("def area(", max_tokens=32).text
+for piece in llm.stream("import ", max_tokens=32, temperature=0):
+    print(piece, end="")
+"""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import jax
+import msgspec
+import numpy as np
+from jax import Array
+
+from jaxserve.checkpoint import GenerationDefaults, inspect, load_params
+from jaxserve.checkpoint.locate import locate
+from jaxserve.compile_cache import enable as enable_compile_cache
+from jaxserve.completion import CompletionBuilder
+from jaxserve.config import ModelConfig
+from jaxserve.errors import ContextLengthError, TokenizerError, UnsupportedError, UsageError
+from jaxserve.layers.decoder import Model, Params
+from jaxserve.layers.param import Declare
+from jaxserve.pallas_kernels import kernel_set
+from jaxserve.partitioning.collectives import LocalComm
+from jaxserve.progress import Show, reporter
+from jaxserve.serving.generation import Program, logits
+from jaxserve.serving.request import Completion, SamplingParams
+from jaxserve.serving.static_batch import (
+    MAX_ROWS,
+    CompiledSteps,
+    CompileReport,
+    Row,
+    StaticBatch,
+)
+from jaxserve.slow_tokenizer import OTHER_FILES, SENTENCEPIECE_FILES
+from jaxserve.tokenizer import FAST_FILE, Tokenizer
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, str]
+
+DEFAULT_MAX_TOKENS = 128
+"""Length of a completion when neither the request nor the model names one."""
+
+DTYPES = ("bfloat16", "float32")
+TOKENIZER_FILES = (FAST_FILE, *SENTENCEPIECE_FILES, *OTHER_FILES)
+
+
+def load(
+    model: str | PathLike[str] = "tiny",
+    *,
+    dtype: str | None = None,
+    backend: str = "xla",
+    show: Show | str = Show.AUTO,
+) -> LLM:
+    """Returns a model ready to generate.
+
+    Args:
+        model: "tiny" or "tiny-draft" (shipped), a checkpoint directory, or a hub name.
+        dtype: "bfloat16" or "float32", of weights, activations and cache; None takes float32
+            for a float32 checkpoint and bfloat16 for any other.
+        backend: kernels to run: "xla" or "reference".
+        show: progress of loading and compiling, on standard error: "auto" (a bar on a terminal,
+            lines elsewhere), "bar", "lines" or "silent".
+
+    Raises:
+        CheckpointError: files are missing, damaged or do not fit the architecture.
+        UnsupportedError: architecture, config field, dtype or backend is not supported.
+    """
+    enable_compile_cache()
+    show = Show(show)
+    path = locate(model)
+    info = inspect(path)
+    declare = Declare.best(jax.default_backend(), _dtype(dtype, info.dtype))
+    kernel_set(backend)  # an unknown backend is refused before gigabytes are read
+    params = load_params(info, Model(info.config, declare), progress=reporter(show))
+    return LLM(
+        info.config,
+        params,
+        Tokenizer.from_dir(path) if has_tokenizer(path) else None,
+        declare=declare,
+        backend=backend,
+        defaults=info.generation,
+        on_compile=None if show is Show.SILENT else _print_compiled,
+    )
+
+
+class LLM:
+    """A model with weights in memory. Use it from one thread at a time.
+
+    Args:
+        config: the architecture.
+        params: weights in the tree of `Model(config, declare).abstract_params()`.
+        tokenizer: None leaves token ids as the only way in and out.
+        declare: how `params` are stored.
+        backend: kernels to run.
+        defaults: what the model's authors want where a request says nothing. Without end tokens
+            there, those of the tokenizer end a completion.
+        on_compile: called with what was compiled and the seconds it took.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        tokenizer: Tokenizer | None = None,
+        *,
+        declare: Declare | None = None,
+        backend: str = "xla",
+        defaults: GenerationDefaults | None = None,
+        on_compile: CompileReport | None = None,
+    ) -> None:
+        declare = Declare() if declare is None else declare
+        program = Program(Model(config, declare), LocalComm(), kernel_set(backend))
+        self.config = config
+        self.tokenizer = tokenizer
+        self.defaults = GenerationDefaults() if defaults is None else defaults
+        known = () if tokenizer is None else tokenizer.eos_token_ids
+        self.eos_token_ids = self.defaults.eos_token_ids or known
+        self._steps = CompiledSteps(program, params, on_compile)
+        self._logits = jax.jit(logits, static_argnums=0)
+
+    @property
+    def params(self) -> Params:
+        """Returns the weights as a tree of arrays, as stored on the device."""
+        return self._steps.params
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        **fields: Any,
+    ) -> Any:
+        """Returns the completion of a prompt, or a list of them for a list of prompts.
+
+        A flat list of ints is one prompt of token ids. With n > 1 a prompt's result is itself a
+        list, of n completions.
+
+        Args:
+            sampling: one for all prompts, or one per prompt; or its fields as keywords.
+
+        Raises:
+            UsageError: a parameter is unknown or out of range, or a prompt is empty.
+            ContextLengthError: prompt and max_tokens exceed the model's context.
+        """
+        single = is_single(prompts)
+        many: list[Any] = [prompts] if single else list(prompts)
+        params = _per_prompt(sampling, fields, len(many))
+        groups = [self._rows(p, s) for p, s in zip(many, params, strict=True)]
+        flat = [row for group in groups for row in group]
+        done: list[Completion] = []
+        for at in range(0, len(flat), MAX_ROWS):
+            done += self._complete(flat[at : at + MAX_ROWS])
+        results: list[Any] = []
+        for group in groups:
+            own, done = done[: len(group)], done[len(group) :]
+            results.append(own[0] if len(group) == 1 else own)
+        return results[0] if single else results
+
+    def stream(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, **fields: Any
+    ) -> TextStream:
+        """Returns an iterator over the pieces of one completion as they are generated.
+
+        Its `completion` is there once it is exhausted.
+        """
+        if not is_single(prompt):
+            raise UsageError("stream takes one prompt; use generate for a list of prompts")
+        (params,) = _per_prompt(sampling, fields, 1)
+        if params.n != 1:
+            raise UsageError(f"n={params.n} cannot be streamed; use n=1 or generate")
+        (row,) = self._rows(prompt, params)
+        return TextStream(self._steps, CompletionBuilder(self.tokenizer, row), row)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        sampling: SamplingParams | None = None,
+        **fields: Any,
+    ) -> Completion:
+        """Returns the assistant's answer to a conversation, through the chat template.
+
+        Args:
+            messages: mappings with "role" and "content", oldest first.
+        """
+        stream = self.chat_stream(messages, sampling, **fields)
+        for _ in stream:
+            pass
+        return stream.completion
+
+    def chat_stream(
+        self, messages: Sequence[Message], sampling: SamplingParams | None = None, **fields: Any
+    ) -> TextStream:
+        """Returns an iterator over the pieces of the assistant's answer."""
+        if self.tokenizer is None:
+            raise TokenizerError("this checkpoint has no tokenizer; chat needs one")
+        return self.stream(self.tokenizer.chat(messages), sampling, **fields)
+
+    def logits(self, token_ids: Any) -> Array:
+        """Returns float32[..., T, V], the scores after each of the tokens int[..., T]."""
+        tokens = np.asarray(token_ids, np.int32)
+        if tokens.ndim == 0 or tokens.size == 0:
+            raise UsageError("logits needs at least one token id; pass a list of ids")
+        self._check_ids(tokens.ravel().tolist())
+        rows = tokens.reshape(-1, tokens.shape[-1])
+        out = self._logits(self._steps.program, self.params, rows)
+        return out.reshape(*tokens.shape, -1)
+
+    def _complete(self, rows: Sequence[Row]) -> list[Completion]:
+        builders = [CompletionBuilder(self.tokenizer, row) for row in rows]
+        batch = StaticBatch(self._steps, rows)
+        for tokens in batch:
+            for index, token in tokens.items():
+                builders[index].push(token)
+                if builders[index].finish_reason is not None:
+                    batch.finish(index)
+        return [builder.completion() for builder in builders]
+
+    def _rows(self, prompt: Prompt, asked: SamplingParams) -> list[Row]:
+        """Returns one row per completion, with every parameter decided."""
+        ids = self._encode(prompt)
+        params = asked.resolved(sampling_defaults(self.defaults))
+        self._check_ids([*params.logit_bias, *params.stop_token_ids])
+        if params.stop and self.tokenizer is None:
+            raise UsageError("stop strings need a tokenizer; use stop_token_ids")
+        room = self.config.max_context_tokens - len(ids)
+        if room < 1 or (asked.max_tokens or 1) > room:
+            raise ContextLengthError(
+                f"a prompt of {len(ids)} tokens and max_tokens={asked.max_tokens or 1} exceed the "
+                f"context of {self.config.max_context_tokens} tokens; shorten the prompt or use "
+                f"max_tokens up to {max(room, 0)}"
+            )
+        wanted = params.max_tokens
+        if wanted is None and self.defaults.max_length is not None:
+            wanted = max(1, self.defaults.max_length - len(ids))
+        seed = params.seed
+        if seed is None:
+            seed = 0 if params.greedy else secrets.randbits(63)
+        params = msgspec.structs.replace(
+            params, seed=seed, max_tokens=min(wanted or DEFAULT_MAX_TOKENS, room)
+        )
+        eos = () if params.ignore_eos else self.eos_token_ids
+        stops = tuple(sorted({*eos, *params.stop_token_ids}))
+        return [Row(tuple(ids), params, stops, index) for index in range(params.n)]
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise TokenizerError(
+                    "this checkpoint has no tokenizer; pass the prompt as a list of token ids"
+                )
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = [int(i) for i in prompt]
+            self._check_ids(ids)
+        if not ids:
+            raise UsageError("the prompt is empty; give at least one token of text")
+        return ids
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        outside = [i for i in ids if not 0 <= i < self.config.vocab_size]
+        if outside:
+            raise UsageError(
+                f"token id {outside[0]} is outside the vocabulary of {self.config.vocab_size}; "
+                f"use 0 to {self.config.vocab_size - 1}"
+            )
+
+
+class TextStream:
+    """The pieces of one completion, as they come; see `LLM.stream`."""
+
+    def __init__(self, steps: CompiledSteps, builder: CompletionBuilder, row: Row) -> None:
+        self._builder = builder
+        self._batch = StaticBatch(steps, [row])
+        self._pieces = self._run()
+
+    @property
+    def completion(self) -> Completion:
+        """Returns the whole completion, once the stream is exhausted."""
+        if self._builder.finish_reason is None:
+            raise UsageError("the stream still runs; read it to its end first")
+        return self._builder.completion()
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def _run(self) -> Iterator[str]:
+        for tokens in self._batch:
+            piece = self._builder.push(tokens[0])
+            if self._builder.finish_reason is not None:
+                self._batch.finish(0)
+            if piece:
+                yield piece
+
+
+def is_single(prompts: Any) -> bool:
+    """Returns whether `prompts` is one prompt: a string, or a flat list of ints."""
+    return isinstance(prompts, str) or (
+        len(prompts) > 0 and all(isinstance(item, int | np.integer) for item in prompts)
+    )
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Returns whether a checkpoint directory holds files of a tokenizer."""
+    return any((path / name).exists() for name in TOKENIZER_FILES)
+
+
+def sampling_defaults(defaults: GenerationDefaults) -> dict[str, Any]:
+    """Returns the values of `SamplingParams` fields that a generation_config.json states."""
+    values = {
+        "temperature": 0.0 if defaults.greedy else defaults.temperature,
+        "top_k": defaults.top_k,
+        "top_p": defaults.top_p,
+        "min_p": defaults.min_p,
+        "repetition_penalty": defaults.repetition_penalty,
+        "max_tokens": defaults.max_new_tokens,
+        "min_tokens": defaults.min_new_tokens,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _dtype(asked: str | None, stored: str) -> str:
+    """Returns the dtype to run in: the one asked for, or that of the checkpoint if we run it.
+
+    Raises:
+        UnsupportedError: models do not run in the dtype asked for.
+    """
+    if asked is None:
+        return stored if stored in DTYPES else "bfloat16"
+    if asked not in DTYPES:
+        raise UnsupportedError(f"dtype={asked!r} is not supported; use {' or '.join(DTYPES)}")
+    return asked
+
+
+def _print_compiled(what: str, seconds: float) -> None:
+    sys.stderr.write(f"compiled {what} in {seconds:.1f} s\n")
+
+
+def _per_prompt(
+    sampling: SamplingParams | Sequence[SamplingParams] | None,
+    fields: Mapping[str, Any],
+    count: int,
+) -> list[SamplingParams]:
+    """Returns one SamplingParams per prompt."""
+    if sampling is None:
+        return [SamplingParams.create(**fields)] * count
+    if fields:
+        raise UsageError(
+            f"sampling and the keyword {next(iter(fields))} are both given; use one of them"
+        )
+    if isinstance(sampling, SamplingParams):
+        return [sampling] * count
+    if len(sampling) != count:
+        raise UsageError(
+            f"{len(sampling)} sampling parameters for {count} prompts; give one, or one for each"
+        )
+    return list(sampling)

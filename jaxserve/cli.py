@@ -1,0 +1,279 @@
+"""The command line: `jaxserve generate | chat | info | convert`.
+
+Results go to standard output, everything else to standard error. Exit codes: 0, 1 (failed),
+2 (bad usage). Heavy modules are imported by the command that needs them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jaxserve.errors import JaxserveError, UsageError
+
+if TYPE_CHECKING:
+    from jaxserve.api import LLM, TextStream
+
+app = typer.Typer(
+    name="jaxserve",
+    help="Run open-weight language models with JAX on TPU, GPU and CPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelOption = Annotated[
+    str,
+    typer.Option("--model", "-m", help="tiny, tiny-draft, a checkpoint directory or a hub name"),
+]
+DtypeOption = Annotated[
+    str | None, typer.Option(help="bfloat16 or float32; by default as the checkpoint")
+]
+BackendOption = Annotated[str, typer.Option(help="kernels: xla or reference")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no summary")]
+MaxTokensOption = Annotated[int | None, typer.Option(help="longest completion, in tokens")]
+TemperatureOption = Annotated[float | None, typer.Option(help="0 (greedy) to 2")]
+TopKOption = Annotated[int | None, typer.Option(help="keep the K likeliest tokens; 0 keeps all")]
+TopPOption = Annotated[float | None, typer.Option(help="keep the likeliest tokens up to this mass")]
+MinPOption = Annotated[
+    float | None, typer.Option(help="drop tokens below this fraction of the likeliest")
+]
+RepetitionOption = Annotated[float | None, typer.Option(help="above 1 discourages repetition")]
+PresenceOption = Annotated[float, typer.Option(help="-2 to 2, once per token of the output")]
+FrequencyOption = Annotated[float, typer.Option(help="-2 to 2, per occurrence in the output")]
+SeedOption = Annotated[int | None, typer.Option(help="same seed, same completion")]
+StopOption = Annotated[list[str] | None, typer.Option(help="end at this text; may be repeated")]
+
+
+def main() -> None:
+    """Runs the command line and exits."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
+    try:
+        app()
+    except JaxserveError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output is gone; there is no one left to tell.
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from jaxserve import __version__
+
+        typer.echo(f"jaxserve {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Run open-weight language models with JAX on TPU, GPU and CPU."""
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="text to complete; read from standard input if left out")
+    ] = None,
+    model: ModelOption = "tiny",
+    dtype: DtypeOption = None,
+    backend: BackendOption = "xla",
+    max_tokens: MaxTokensOption = None,
+    min_tokens: Annotated[int | None, typer.Option(help="shortest completion, in tokens")] = None,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repetition_penalty: RepetitionOption = None,
+    presence_penalty: PresenceOption = 0.0,
+    frequency_penalty: FrequencyOption = 0.0,
+    seed: SeedOption = None,
+    stop: StopOption = None,
+    stop_token_id: Annotated[list[int] | None, typer.Option(help="may be repeated")] = None,
+    ignore_eos: Annotated[bool, typer.Option(help="go on past end of sequence")] = False,
+    logprobs: Annotated[
+        int | None, typer.Option(help="report this many likeliest tokens (with --json)")
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Complete a prompt, as it comes or as one JSON object."""
+    from jaxserve.serving.request import SamplingParams
+
+    params = SamplingParams.create(
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
+        stop_token_ids=tuple(stop_token_id or ()),
+        ignore_eos=ignore_eos,
+        logprobs=logprobs,
+    )
+    text = _prompt(prompt)
+    llm = _load(model, dtype, backend, quiet)
+    stream = llm.stream(text, params)
+    if json_output:
+        for _ in stream:
+            pass
+        _print_json(_completion_fields(stream))
+        return
+    echo = sys.stdout.isatty()
+    _show(stream, f"\x1b[2m{text}\x1b[0m" if echo else "", quiet)
+
+
+@app.command()
+def chat(
+    model: ModelOption = "tiny",
+    dtype: DtypeOption = None,
+    backend: BackendOption = "xla",
+    max_tokens: MaxTokensOption = None,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repetition_penalty: RepetitionOption = None,
+    seed: SeedOption = None,
+    stop: StopOption = None,
+    system: Annotated[str | None, typer.Option(help="message that opens the conversation")] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Talk with a model; one line a turn, empty line or Ctrl-D to end."""
+    from jaxserve.serving.request import SamplingParams
+
+    params = SamplingParams.create(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    llm = _load(model, dtype, backend, quiet)
+    messages: list[dict[str, str]] = []
+    if system is not None:
+        messages.append({"role": "system", "content": system})
+    while line := _read_turn():
+        messages.append({"role": "user", "content": line})
+        stream = llm.chat_stream(messages, params)
+        _show(stream, "", quiet)
+        messages.append({"role": "assistant", "content": stream.completion.text})
+
+
+@app.command()
+def info(
+    model: ModelOption = "tiny",
+    json_output: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Describe a checkpoint: architecture, parameters, memory, cache; reads no weights."""
+    from jaxserve.checkpoint import inspect
+    from jaxserve.checkpoint.locate import locate
+    from jaxserve.info import describe, table
+
+    facts = describe(inspect(locate(model)))
+    if json_output:
+        _print_json(facts)
+    else:
+        typer.echo(table(facts))
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Hugging Face checkpoint directory or hub name")],
+    out: Annotated[Path, typer.Argument(help="directory of the Orbax checkpoint; must not exist")],
+    quiet: QuietOption = False,
+) -> None:
+    """Write a checkpoint in Orbax's format, which loads onto any mesh."""
+    from jaxserve.checkpoint import convert as convert_checkpoint
+    from jaxserve.checkpoint.locate import locate
+    from jaxserve.progress import Show, reporter
+
+    convert_checkpoint(locate(source), out, reporter(Show.SILENT if quiet else Show.AUTO))
+    typer.echo(out)
+
+
+def _load(model: str, dtype: str | None, backend: str, quiet: bool) -> LLM:
+    from jaxserve.api import load
+
+    return load(model, dtype=dtype, backend=backend, show="silent" if quiet else "auto")
+
+
+def _prompt(argument: str | None) -> str:
+    """Returns the prompt: the argument, or all of standard input."""
+    if argument is not None:
+        return argument
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError('no prompt; give one as an argument ("def add(") or on standard input')
+    return sys.stdin.read()
+
+
+def _read_turn() -> str:
+    """Returns the next line of the user, empty at the end of input."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+def _show(stream: TextStream, before: str, quiet: bool) -> None:
+    """Prints the pieces of a completion as they come, then tokens per second."""
+    began = time.perf_counter()
+    first = began
+    sys.stdout.write(before)
+    sys.stdout.flush()
+    for index, piece in enumerate(stream):
+        if index == 0:
+            first = time.perf_counter()
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    if quiet:
+        return
+    done = stream.completion
+    count = done.usage.completion_tokens
+    rate = (count - 1) / (time.perf_counter() - first) if count > 1 else 0.0
+    typer.echo(
+        f"{count} tokens ({done.finish_reason}), first after {first - began:.2f} s, "
+        f"then {rate:.1f} tokens/s",
+        err=True,
+    )
+
+
+def _completion_fields(stream: TextStream) -> dict[str, Any]:
+    """Returns the fields of a `Completion` as JSON shows them; no timings."""
+    import msgspec
+
+    done = stream.completion
+    fields: dict[str, Any] = msgspec.to_builtins(done)
+    fields["usage"]["total_tokens"] = done.usage.total_tokens
+    if done.logprobs is None:
+        del fields["logprobs"]
+    return fields
+
+
+def _print_json(fields: dict[str, Any]) -> None:
+    typer.echo(json.dumps(fields, ensure_ascii=False))
