@@ -28,7 +28,7 @@ def linear(
     x = comm.all_gather(x, inputs)
     y = kernels.matmul(x, weight.values[...], len(inputs), weight.orientation.value, x.dtype)
     y = comm.reduce_scatter(y, inputs, outputs)
-    return y if weight.bias is None else y + weight.bias[...]
+    return y if weight.bias is None else y + jnp.broadcast_to(weight.bias[...], y.shape)
 
 
 def linear_group(x: Array, group: WeightGroup, comm: Comm, kernels: KernelSet) -> list[Array]:

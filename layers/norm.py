@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
@@ -21,6 +22,7 @@ class Norm(nnx.Module):
         self.scale = declare.vector(axis, Init.ZEROS if spec.unit_offset else Init.ONES)
         self.bias = declare.vector(axis, Init.ZEROS) if spec.bias else None
 
+    @jax.named_scope("norm")
     def __call__(self, x: Array, comm: Comm) -> Array:
         """Returns x[..., features] normalised, in x's dtype."""
         h = x.astype(jnp.float32)
@@ -29,7 +31,8 @@ class Norm(nnx.Module):
         mean_square = comm.psum(jnp.sum(h * h, -1, keepdims=True), self.axis) / self.size
         h = h * lax.rsqrt(mean_square + self.spec.eps)
         scale = self.scale[...].astype(jnp.float32)
-        h = h * (1.0 + scale if self.spec.unit_offset else scale)
+        scale = 1.0 + scale if self.spec.unit_offset else scale
+        h = h * jnp.broadcast_to(scale, h.shape)
         if self.bias is not None:
-            h = h + self.bias[...].astype(jnp.float32)
+            h = h + jnp.broadcast_to(self.bias[...].astype(jnp.float32), h.shape)
         return h.astype(x.dtype)
