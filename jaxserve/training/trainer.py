@@ -162,7 +162,8 @@ def _update(model: Model, plan: Plan) -> Callable[[Params, Any, Array], tuple[Pa
     def update(params: Params, state: Any, rows: Array) -> tuple[Params, Any, Array]:
         value, gradients = jax.value_and_grad(partial(loss, model))(params, rows)
         updates, state = rule.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, value
+        updated: Any = optax.apply_updates(params, updates)
+        return updated, state, value
 
     return update
 
