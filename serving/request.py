@@ -8,8 +8,9 @@ model's `generation_config.json` and then by neutral values (`resolved`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 
@@ -73,22 +74,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def __post_init__(self) -> None:
         for name, allowed, holds in _RANGES:
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and holds(value)):
+            undecided = value is None and name not in _NEVER_NONE
+            if not undecided and not (_is_number(value) and holds(value)):
                 raise UsageError(f"{name}={value!r} is out of range; it must be {allowed}")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        msgspec.structs.force_setattr(self, "stop", stop)
-        msgspec.structs.force_setattr(self, "stop_token_ids", tuple(self.stop_token_ids))
-        if len(stop) > MAX_STOPS:
-            raise UsageError(f"stop has {len(stop)} strings; at most {MAX_STOPS} are allowed")
-        if any(not isinstance(s, str) or not s for s in stop):
-            raise UsageError("stop holds an empty string; every stop needs at least one character")
-        if any(not isinstance(t, int) or t < 0 for t in self.logit_bias):
-            raise UsageError("logit_bias maps token ids (integers >= 0) to numbers")
-        bias = {
-            t: max(-MAX_LOGIT_BIAS, min(MAX_LOGIT_BIAS, float(b)))
-            for t, b in self.logit_bias.items()
-        }
-        msgspec.structs.force_setattr(self, "logit_bias", bias)
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(
+                    f"{name}={getattr(self, name)!r} is not a switch; use True or False"
+                )
+        msgspec.structs.force_setattr(self, "stop", _stops(self.stop))
+        msgspec.structs.force_setattr(self, "stop_token_ids", _token_ids(self.stop_token_ids))
+        msgspec.structs.force_setattr(self, "logit_bias", _clamped(self.logit_bias))
         if self.n > 1 and self.temperature is not None and self.greedy:
             raise UsageError(
                 f"n={self.n} with temperature 0 gives {self.n} equal completions; "
@@ -188,6 +184,51 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _stops(value: object) -> tuple[str, ...]:
+    """Returns stop strings as a tuple, a single one too."""
+    stops = [value] if isinstance(value, str) else _items("stop", value)
+    if len(stops) > MAX_STOPS:
+        raise UsageError(f"stop has {len(stops)} strings; at most {MAX_STOPS} are allowed")
+    if any(not isinstance(s, str) or not s for s in stops):
+        raise UsageError(f"stop={value!r} must hold strings of at least one character")
+    return tuple(cast("list[str]", stops))
+
+
+def _token_ids(value: object) -> tuple[int, ...]:
+    ids = _items("stop_token_ids", value)
+    if not all(map(_is_token, ids)):
+        raise UsageError(f"stop_token_ids={value!r} must hold token ids (integers >= 0)")
+    return tuple(cast("list[int]", ids))
+
+
+def _items(name: str, value: object) -> list[object]:
+    if not isinstance(value, list | tuple):
+        raise UsageError(f"{name}={value!r} must be a list")
+    return list(cast("list[object]", value))
+
+
+def _clamped(value: object) -> dict[int, float]:
+    """Returns a logit bias with its numbers brought into the limits."""
+    if not isinstance(value, dict):
+        raise UsageError(f"logit_bias={value!r} must map token ids to numbers")
+    bias = cast("dict[int, float]", value)
+    for token, number in bias.items():
+        if not (_is_token(token) and _is_number(number) and not math.isnan(number)):
+            raise UsageError(
+                f"logit_bias holds {token!r}: {number!r}; "
+                "it maps token ids (integers >= 0) to numbers"
+            )
+    limit = MAX_LOGIT_BIAS
+    return {t: max(-limit, min(limit, float(b))) for t, b in bias.items()}
+
+
+_NEVER_NONE = ("n", "presence_penalty", "frequency_penalty")
+_SWITCHES = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
 
 _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("n", f"a whole number from 1 to {MAX_N}", lambda v: isinstance(v, int) and 1 <= v <= MAX_N),
