@@ -126,6 +126,17 @@ class RopeSpec:
             raise ConfigError(f"rotary_dim={self.rotary_dim} must be positive and even")
         if self.scaling is not RopeScaling.NONE and self.factor < 1.0:
             raise ConfigError(f"rope factor={self.factor} must be at least 1")
+        stretched_from = RopeScaling.DYNAMIC, RopeScaling.LLAMA3, RopeScaling.YARN
+        if self.scaling in stretched_from and self.original_context_tokens <= 0:
+            raise ConfigError(
+                f"original_context_tokens={self.original_context_tokens} must be positive "
+                f"for rope scaling {self.scaling}"
+            )
+        if self.scaling is RopeScaling.LLAMA3 and self.high_freq_factor <= self.low_freq_factor:
+            raise ConfigError(
+                f"high_freq_factor={self.high_freq_factor} must be above "
+                f"low_freq_factor={self.low_freq_factor}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +193,8 @@ class AttentionSpec:
             raise ConfigError("rope and alibi are both set; a layer takes at most one")
         if self.window is not None and self.window <= 0:
             raise ConfigError(f"window={self.window} must be positive; leave it out for none")
+        if self.soft_cap is not None and self.soft_cap <= 0:
+            raise ConfigError(f"soft_cap={self.soft_cap} must be positive; leave it out for none")
 
     @property
     def score_scale(self) -> float:
