@@ -126,13 +126,13 @@ class LLM:
         self.defaults = GenerationDefaults() if defaults is None else defaults
         known = () if tokenizer is None else tokenizer.eos_token_ids
         self.eos_token_ids = self.defaults.eos_token_ids or known
-        self._steps = CompiledSteps(program, params, on_compile)
+        self.steps = CompiledSteps(program, params, on_compile)
         self._logits = jax.jit(logits, static_argnums=0)
 
     @property
     def params(self) -> Params:
         """Returns the weights as a tree of arrays, as stored on the device."""
-        return self._steps.params
+        return self.steps.params
 
     def generate(
         self,
@@ -179,7 +179,7 @@ class LLM:
         if params.n != 1:
             raise UsageError(f"n={params.n} cannot be streamed; use n=1 or generate")
         (row,) = self._rows(prompt, params)
-        return TextStream(self._steps, CompletionBuilder(self.tokenizer, row), row)
+        return TextStream(self.steps, CompletionBuilder(self.tokenizer, row), row)
 
     def chat(
         self,
@@ -212,12 +212,12 @@ class LLM:
             raise UsageError("logits needs at least one token id; pass a list of ids")
         self._check_ids(tokens.ravel().tolist())
         rows = tokens.reshape(-1, tokens.shape[-1])
-        out = self._logits(self._steps.program, self.params, rows)
+        out = self._logits(self.steps.program, self.params, rows)
         return out.reshape(*tokens.shape, -1)
 
     def _complete(self, rows: Sequence[Row]) -> list[Completion]:
         builders = [CompletionBuilder(self.tokenizer, row) for row in rows]
-        batch = StaticBatch(self._steps, rows)
+        batch = StaticBatch(self.steps, rows)
         for tokens in batch:
             for index, token in tokens.items():
                 builders[index].push(token)

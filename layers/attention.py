@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 from flax import nnx
 from jax import Array
 
@@ -27,9 +28,13 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Array, layer: int, cache: Cache, run: Runtime) -> tuple[Array, Cache]:
         """Returns (attention of x[T, embed] as [T, embed], the cache with these tokens in it)."""
-        q, k, v = linear_group(x, self.qkv, run.comm, run.kernels)
+        with jax.named_scope("qkv"):
+            q, k, v = linear_group(x, self.qkv, run.comm, run.kernels)
         if self.spec.rope is not None:
-            cos, sin = run.rotations[self.spec.rope]
-            q, k = rotate(q, self.spec.rope, cos, sin), rotate(k, self.spec.rope, cos, sin)
-        heads, cache = cache.attend(layer, q, k, v, self.spec, run.kernels)
-        return linear(heads, self.out, run.comm, run.kernels), cache
+            with jax.named_scope("rope"):
+                cos, sin = run.rotations[self.spec.rope]
+                q, k = rotate(q, self.spec.rope, cos, sin), rotate(k, self.spec.rope, cos, sin)
+        with jax.named_scope("attend"):
+            heads, cache = cache.attend(layer, q, k, v, self.spec, run.kernels)
+        with jax.named_scope("out"):
+            return linear(heads, self.out, run.comm, run.kernels), cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 from flax import nnx
 from jax import Array
 
@@ -37,7 +38,8 @@ class Block(nnx.Module):
             x = x + attended
         if self.mlp_norm is not None:
             h = self.mlp_norm(x, run.comm)
-        fed = self.mlp(h, run)
+        with jax.named_scope("mlp"):
+            fed = self.mlp(h, run)
         if self.mlp_post_norm is not None:
             fed = self.mlp_post_norm(fed, run.comm)
         fed = run.tap(f"layers.{layer}.mlp", fed)

@@ -154,11 +154,16 @@ def forward(
         rows: int32[R], tokens whose logits are wanted; None wants all.
         capture: names or patterns of activations to return in `Output.taps`.
         edit: name -> function applied to that activation.
+
+    Raises:
+        UsageError: `capture` or `edit` names an activation that the model does not have.
     """
     decoder = nnx.merge(nnx.graphdef(model.module()), params)
     taps = Taps(capture, edit)
     ropes = {s.attention.rope for s in model.config.layers if s.attention.rope is not None}
     run = Runtime.begin(step, ropes, comm, kernels, taps)
     hidden, cache = decoder.hidden(step, cache, run)
-    logits = decoder.logits(hidden if rows is None else jnp.take(hidden, rows, axis=0), run)
+    with jax.named_scope("logits"):
+        logits = decoder.logits(hidden if rows is None else jnp.take(hidden, rows, axis=0), run)
+    taps.check()
     return Output(logits, hidden, taps.captured), cache

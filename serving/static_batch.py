@@ -101,6 +101,10 @@ class CompiledSteps:
         """Returns the batch with room for `slots` tokens a row."""
         return self._grow(progress, slots)
 
+    def decode_programs(self) -> list[str]:
+        """Returns the compiled decode steps as HLO text, for profiles."""
+        return [run.as_text() for key, run in self._executables.items() if key[0] == "advance"]
+
     def _compile_pair(self, key: Any, prompts: Prompts, sampling: Sampling, slots: int) -> None:
         """Compiles a first step and, at the same time, the steps that follow it."""
         began = time.perf_counter()
