@@ -40,14 +40,14 @@ def test_the_stream_decides_unless_told(show: Show, stream: io.StringIO, kind: t
 
 def test_lines_come_every_two_seconds_and_at_the_end():
     out, clock = io.StringIO(), Clock()
-    with Lines(out, clock=clock).task("loading", 4_000_000_000) as advance:
-        for _ in range(40):
+    with Lines(out, clock=clock).task("loading", 4_800_000_000) as advance:
+        for _ in range(48):
             clock.now_s += 0.125
             advance(100_000_000)
     assert out.getvalue().splitlines() == [
-        "loading: 40%, 1.6 GB of 4.0 GB in 2.0 s, 800.0 MB/s",
-        "loading: 80%, 3.2 GB of 4.0 GB in 4.0 s, 800.0 MB/s",
-        "loading: 100%, 4.0 GB in 5.0 s, 800.0 MB/s",
+        "loading: 33%, 1.6 GB of 4.8 GB in 2.0 s, 800.0 MB/s",
+        "loading: 66%, 3.2 GB of 4.8 GB in 4.0 s, 800.0 MB/s",
+        "loading: 100%, 4.8 GB in 6.0 s, 800.0 MB/s",
     ]
 
 
@@ -84,17 +84,20 @@ def test_the_bar_shows_amount_and_label(unit: Unit, words: str, monkeypatch: pyt
     assert words in out.getvalue()
 
 
-def test_a_bar_on_a_real_terminal_is_redrawn_in_place():
+def test_a_bar_on_a_real_terminal_is_redrawn_in_place(capsys: pytest.CaptureFixture[str]):
     parent, child = pty.openpty()
     with os.fdopen(child, "w") as terminal:
         shown = reporter(stream=terminal)
         assert isinstance(shown, Bar)
         with shown.task("loading", 2_000) as advance:
+            print("a result")
             advance(2_000)
     seen = os.read(parent, 100_000)
     os.close(parent)
     assert b"loading" in seen
     assert b"\x1b[" in seen
+    assert b"a result" not in seen
+    assert capsys.readouterr().out == "a result\n"
 
 
 @pytest.mark.parametrize("show", Show)
