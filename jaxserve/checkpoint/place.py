@@ -1,0 +1,125 @@
+"""Puts logical weights onto devices in the form in which a model stores them.
+
+    array = place(stored, reader, sharding)
+
+Only the slices that this process's devices hold are read, each once. Memory: every slice is
+copied into a buffer of its own, cast on the way, and given to JAX. A parameter therefore never
+shares memory with a file, which may be replaced afterwards. On CPU, JAX adopts the buffer
+instead of copying it (it is aligned for that) and treats it as constant: donating such an array
+is safe, the program writes elsewhere. Inputs are turned to the front by JAX while it copies:
+NumPy is several times slower at that.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import numpy as np
+
+from jaxserve.checkpoint.stored import Piece, Stored
+from jaxserve.checkpoint.tensors import Index, Reader
+from jaxserve.errors import CheckpointError
+
+# XLA on CPU adopts memory with this alignment.
+_ALIGNMENT = 64
+
+
+def place(stored: Stored, reader: Reader, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """Returns the parameter on its devices; None means the default device.
+
+    Raises:
+        CheckpointError: the checkpoint's weight has another shape or does not fit the dtype.
+    """
+    for piece in stored.pieces:
+        _check_shape(stored, piece, reader)
+    whole = tuple(slice(0, size) for size in stored.shape)
+    if sharding is None:
+        return jax.device_put(host_values(stored, reader, whole))
+    read: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+    def values(index: Index | None) -> np.ndarray:
+        part = whole if index is None else index
+        # Replicas ask for the same slice again.
+        key = tuple((cut.start, cut.stop) for cut in stored.canonical(part))
+        if key not in read:
+            read[key] = host_values(stored, reader, part)
+        return read[key]
+
+    return jax.make_array_from_callback(stored.shape, sharding, values)
+
+
+def host_values(stored: Stored, reader: Reader, index: Index) -> np.ndarray:
+    """Returns a slice of the stored form: a view, in stored order, of a buffer of its own."""
+    canonical = stored.canonical(index)
+    buffer = aligned(tuple(part.stop - part.start for part in canonical), stored.dtype)
+    if stored.fused:
+        _fill_rows(buffer, stored, reader, canonical)
+    else:
+        name = stored.pieces[0].name
+        _cast(buffer, reader.read(name, canonical), reader, name)
+    return buffer.transpose(stored.order)
+
+
+def _fill_rows(buffer: np.ndarray, stored: Stored, reader: Reader, canonical: Index) -> None:
+    """Fills buffer[rows, *inputs] from the pieces whose flattened outputs lie in these rows."""
+    rows, inputs = canonical[0], canonical[1:]
+    start = 0
+    for piece in stored.pieces:
+        stop = start + math.prod(piece.outputs)
+        first, last = max(rows.start, start), min(rows.stop, stop)
+        if first < last:
+            values = _rows(piece, reader, first - start, last - start, inputs)
+            _cast(buffer[first - rows.start : last - rows.start], values, reader, piece.name)
+        start = stop
+
+
+def _rows(piece: Piece, reader: Reader, first: int, last: int, inputs: Index) -> np.ndarray:
+    """Returns rows first:last of a piece with flattened outputs, reading no more than it must."""
+    # Rows may begin within a head: whole heads are taken, then trimmed.
+    step = math.prod(piece.outputs[1:])
+    outer = slice(first // step, -(-last // step))
+    inner = tuple(slice(0, size) for size in piece.outputs[1:])
+    block = reader.read(piece.name, (outer, *inner, *inputs))
+    num_rows = (outer.stop - outer.start) * step
+    flat = block.reshape(num_rows, *block.shape[len(piece.outputs) :])
+    return flat[first - outer.start * step : last - outer.start * step]
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns an empty array whose memory JAX on CPU can adopt."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _cast(target: np.ndarray, values: np.ndarray, reader: Reader, name: str) -> None:
+    """Copies values into target.
+
+    Raises:
+        CheckpointError: float16 cannot hold a value; the wider dtypes hold all.
+    """
+    with np.errstate(over="ignore"):
+        np.copyto(target, values, casting="unsafe")
+    if target.dtype == np.float16 and values.dtype != np.float16:
+        lost = np.isinf(target) & np.isfinite(values)
+        if lost.any():
+            raise CheckpointError(
+                f"{reader.where(name)}: {lost.sum()} values exceed float16's limit of 65504, "
+                f"for example {values[lost][0]}; load in bfloat16 or float32"
+            )
+
+
+def _check_shape(stored: Stored, piece: Piece, reader: Reader) -> None:
+    found = reader.shape(piece.name)
+    if found is None:
+        raise CheckpointError(
+            f"the checkpoint has no weight {piece.name!r}, expected {list(piece.shape)}; the "
+            "model was made from another config than the checkpoint's"
+        )
+    if found != piece.shape:
+        raise CheckpointError(
+            f"{reader.where(piece.name)}: weight {piece.name!r} is {list(found)} outputs first, "
+            f"the model expects {list(piece.shape)}; it was made from another config"
+        )

@@ -1,0 +1,163 @@
+"""How the parameters of a model are made of the weights of a checkpoint.
+
+A checkpoint has *logical* weights: one array each, outputs first, named "layers.3.attention.q".
+A model *stores* them as its backend likes: inputs first, or several in one array.
+
+    for stored in stored_parameters(model):
+        stored.path        # ("layers", 3, "attention", "qkv", "fused", "values")
+        stored.pieces      # q, k, v: their logical names and shapes
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+from flax import nnx
+
+from jaxserve.checkpoint.tensors import Index
+from jaxserve.layers.decoder import Model
+from jaxserve.layers.param import (
+    Axes,
+    Orientation,
+    Parameter,
+    Weight,
+    WeightGroup,
+    named_parameters,
+)
+
+TreePath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A logical weight that a stored parameter holds.
+
+    Attributes:
+        name: its name in a checkpoint.
+        outputs, inputs: its shape is [*outputs, *inputs]; a vector has outputs alone.
+    """
+
+    name: str
+    outputs: tuple[int, ...]
+    inputs: tuple[int, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Returns the shape of the logical weight."""
+        return self.outputs + self.inputs
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One array of a model's parameters.
+
+    Its *canonical* form has outputs first: the one piece as it is, or, fused, the pieces with
+    their outputs flattened, end to end: [rows, *inputs]. The stored form may turn inputs first.
+
+    Attributes:
+        path: its place in the tree of parameters.
+        shape, dtype, axes: of the stored form; axes are logical.
+        pieces: the logical weights it is made of.
+        fused: several weights in one array.
+        num_outputs: leading dimensions of the canonical form that are outputs.
+        inputs_first: the stored form has inputs first (a vector has none).
+    """
+
+    path: TreePath
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: tuple[str, ...]
+    pieces: tuple[Piece, ...]
+    fused: bool
+    num_outputs: int
+    inputs_first: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Returns the bytes of the array."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Returns, for each dimension of the stored form, that of the canonical form."""
+        dims = tuple(range(len(self.shape)))
+        if not self.inputs_first:
+            return dims
+        return dims[self.num_outputs :] + dims[: self.num_outputs]
+
+    def canonical(self, index: Index) -> Index:
+        """Returns an index of the stored form as one of the canonical form, starts and stops set.
+
+        Args:
+            index: one slice per dimension, without steps.
+        """
+        found = [slice(0)] * len(self.shape)
+        for dim, part, size in zip(self.order, index, self.shape, strict=True):
+            start, stop, _ = part.indices(size)
+            found[dim] = slice(start, stop)
+        return tuple(found)
+
+
+def stored_parameters(model: Model) -> list[Stored]:
+    """Returns every parameter of the model, in the order of its tree."""
+    module = model.module()
+    return [_stored(module, path, leaf) for path, leaf in named_parameters(module)]
+
+
+def _stored(module: nnx.Module, path: TreePath, leaf: Parameter) -> Stored:
+    value = leaf.get_value()
+    owners = _owners(module, path)
+    pieces = _pieces(path, owners, value.shape)
+    weight = owners[-1] if isinstance(owners[-1], Weight) else None
+    fused = len(path) > 1 and path[-2] == "fused"
+    return Stored(
+        path=path,
+        shape=tuple(value.shape),
+        dtype=value.dtype,
+        axes=tuple(leaf.axes),
+        pieces=pieces,
+        fused=fused,
+        num_outputs=1 if fused else len(pieces[0].outputs),
+        inputs_first=weight is not None and weight.orientation is Orientation.IN_OUT,
+    )
+
+
+def _owners(module: nnx.Module, path: TreePath) -> list[Any]:
+    """Returns the modules on the way to a parameter: the i-th is reached by `path[:i]`."""
+    owners: list[Any] = [module]
+    for key in path[:-1]:
+        here: Any = owners[-1]
+        if isinstance(here, nnx.List | nnx.Dict):
+            owners.append(cast(Any, here)[key])
+        else:
+            owners.append(getattr(here, str(key)))
+    return owners
+
+
+def _pieces(path: TreePath, owners: list[Any], shape: tuple[int, ...]) -> tuple[Piece, ...]:
+    """Returns the logical weights of the parameter at `path`."""
+    weight = owners[-1]
+    if not isinstance(weight, Weight):
+        return (Piece(_dotted(path), tuple(shape)),)
+    assert path[-1] in ("values", "bias"), path
+    suffix, inputs = ((), _sizes(weight.inputs)) if path[-1] == "values" else (("bias",), ())
+    groups = [i for i, owner in enumerate(owners) if isinstance(owner, WeightGroup)]
+    if not groups:
+        return (Piece(_dotted(path[:-1] + suffix), _sizes(weight.outputs), inputs),)
+    # A group has no name of its own in a checkpoint: layers.0.attention.(qkv.separate.)q
+    group, prefix = owners[groups[0]], path[: groups[0] - 1]
+    held = group.members if group.fused is not None else [(path[-2], weight.outputs)]
+    return tuple(
+        Piece(_dotted((*prefix, member, *suffix)), _sizes(outputs), inputs)
+        for member, outputs in held
+    )
+
+
+def _dotted(path: TreePath) -> str:
+    return ".".join(str(key) for key in path)
+
+
+def _sizes(axes: Axes) -> tuple[int, ...]:
+    return tuple(axis.size for axis in axes)
