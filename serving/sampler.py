@@ -131,6 +131,7 @@ class Sampled:
     top_logprobs: Array | None = None
 
 
+@jax.named_scope("sample")
 def sample(logits: Array, positions: Array, sampling: Sampling) -> tuple[Sampled, Sampling]:
     """Returns (tokens, state after them).
 
@@ -178,9 +179,9 @@ def _choose(logits: Array, positions: Array, sampling: Sampling) -> Array:
     if sampling.filters is not None:
         scaled = jnp.where(_kept(scaled, sampling.filters), scaled, -jnp.inf)
     weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
-    ladder = jnp.cumsum(weights, axis=-1)
-    goal = _uniform(sampling, positions)[:, None] * ladder[:, -1:]
-    # The first step of the ladder above the goal; its weight is never zero.
+    # A sum taken in parallel may rise by rounding where the weight is zero: no step there.
+    ladder = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0.0)
+    goal = _uniform(sampling, positions)[:, None] * jnp.max(ladder, axis=-1, keepdims=True)
     drawn = jnp.argmax(ladder > goal, axis=-1)
     return jnp.where(greedy, likeliest, drawn)
 
@@ -206,7 +207,9 @@ def _kept(logits: Array, filters: Filters) -> Array:
     kept &= largest_until(logits, kept.astype(jnp.float32), count.astype(jnp.float32))
     mass = jnp.where(kept, relative, 0.0)
     total = jnp.sum(mass, axis=-1)
-    nucleus = largest_until(logits, mass, filters.top_p * total)
+    # However small top_p is, as a float32 even zero, the likeliest token stays.
+    enough = jnp.maximum(filters.top_p * total, jnp.finfo(jnp.float32).tiny)
+    nucleus = largest_until(logits, mass, enough)
     return kept & (nucleus | (filters.top_p >= 1.0)[:, None])
 
 
@@ -221,8 +224,8 @@ def largest_until(values: Array, weights: Array, target: Array) -> Array:
         weights: float32[B, V], not negative.
         target: float32[B], above zero.
     """
-    bits = lax.bitcast_convert_type(values + 0.0, jnp.int32)  # -0.0 becomes 0.0
-    order = jnp.where(bits >= 0, bits, bits ^ jnp.int32(0x7FFFFFFF))
+    bits = lax.bitcast_convert_type(values, jnp.int32)
+    order = jnp.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))  # -0.0 and 0.0 are equal
 
     def reached(threshold: Array) -> Array:
         above = jnp.where(order >= threshold[:, None], weights, 0.0)
@@ -267,7 +270,8 @@ def _floats(rows: Sequence[SamplingParams], name: str) -> np.ndarray:
 
 
 def _ints(rows: Sequence[SamplingParams], name: str) -> np.ndarray:
-    return np.array([getattr(p, name) or 0 for p in rows], np.int32)
+    largest = np.iinfo(np.int32).max
+    return np.array([min(getattr(p, name) or 0, largest) for p in rows], np.int32)
 
 
 def _padded(stop_ids: Sequence[Sequence[int]]) -> np.ndarray:
