@@ -126,6 +126,8 @@ class RopeSpec:
             raise ConfigError(f"rotary_dim={self.rotary_dim} must be positive and even")
         if self.scaling is not RopeScaling.NONE and self.factor < 1.0:
             raise ConfigError(f"rope factor={self.factor} must be at least 1")
+        if self.scaling is RopeScaling.DYNAMIC and self.rotary_dim == 2:
+            raise ConfigError("rotary_dim=2 must be at least 4 for rope scaling 'dynamic'")
         stretched_from = RopeScaling.DYNAMIC, RopeScaling.LLAMA3, RopeScaling.YARN
         if self.scaling in stretched_from and self.original_context_tokens <= 0:
             raise ConfigError(
