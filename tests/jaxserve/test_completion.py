@@ -1,0 +1,151 @@
+"""From tokens to text, end and usage of one completion."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from jaxserve.completion import CompletionBuilder
+from jaxserve.serving.request import SamplingParams, TokenLogprob, Usage
+from jaxserve.serving.static_batch import Row, RowToken
+from jaxserve.tokenizer import Tokenizer
+
+PROMPT = (9, 9, 9)
+TEXT = "return a + b\nthe quick brown fox"
+
+
+@pytest.fixture(scope="module")
+def letters(tokenizer_of: Callable[[str], Tokenizer]) -> Tokenizer:
+    """Returns a tokenizer in which every byte is a token."""
+    return tokenizer_of("byte_level")
+
+
+class Run:
+    """Pushes the tokens of a text until the builder ends the row, as a loop would."""
+
+    def __init__(self, tokenizer: Tokenizer | None, ids: Sequence[int], **fields: Any) -> None:
+        stop_token = fields.pop("stop_token", None)
+        fields.setdefault("max_tokens", len(ids))
+        params = SamplingParams(seed=11, **fields).resolved({})
+        self.builder = CompletionBuilder(tokenizer, Row(PROMPT, params))
+        self.pieces: list[str] = []
+        for count, token in enumerate(ids, 1):
+            stopped = token == stop_token
+            last = stopped or count == params.max_tokens
+            logprob = None if params.logprobs is None else TokenLogprob(token, -count / 4)
+            self.pieces.append(self.builder.push(RowToken(token, stopped, last, logprob)))
+            if self.builder.finish_reason is not None:
+                break
+        self.num_pushed = len(self.pieces)
+
+    @property
+    def text(self) -> str:
+        return self.builder.completion().text
+
+
+def single_characters(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Returns one token a byte, so that every string of two characters spans tokens."""
+    return [tokenizer.encode(char, add_special_tokens=False)[0] for char in text]
+
+
+def test_a_completion_is_the_text_of_its_tokens(letters: Tokenizer) -> None:
+    ids = letters.encode(TEXT, add_special_tokens=False)
+    run = Run(letters, ids)
+    completion = run.builder.completion()
+    assert completion.text == "".join(run.pieces) == TEXT
+    assert completion.token_ids == tuple(ids)
+    assert completion.finish_reason == "length"
+    assert completion.seed == 11
+    assert completion.usage == Usage(prompt_tokens=3, completion_tokens=len(ids))
+    assert completion.logprobs is None
+
+
+def test_text_comes_as_soon_as_it_is_certain(letters: Tokenizer) -> None:
+    assert Run(letters, single_characters(letters, "abc")).pieces == ["a", "b", "c"]
+    held = Run(letters, single_characters(letters, "a+bc"), stop="+b-")
+    assert held.pieces == ["a", "", "", "+bc"]
+
+
+def test_a_character_cut_off_by_the_end_is_replaced(letters: Tokenizer) -> None:
+    ids = letters.encode("€", add_special_tokens=False)
+    assert len(ids) > 1
+    assert Run(letters, ids[:1]).text == "\ufffd"
+
+
+@pytest.mark.parametrize(("include", "text"), [(False, "return a"), (True, "return a + b")])
+def test_a_stop_string_that_spans_tokens_ends_the_row(
+    letters: Tokenizer, include: bool, text: str
+) -> None:
+    ids = single_characters(letters, TEXT)
+    run = Run(letters, ids, stop=[" + b", "fox"], include_stop_str_in_output=include)
+    completion = run.builder.completion()
+    assert completion.text == text
+    assert completion.finish_reason == "stop"
+    assert run.num_pushed == len("return a + b")
+    # The tokens behind the stop string were drawn, and are listed and counted.
+    assert completion.token_ids == tuple(ids[: run.num_pushed])
+    assert completion.usage.completion_tokens == run.num_pushed
+
+
+def test_text_that_only_began_a_stop_string_is_shown_at_the_end(letters: Tokenizer) -> None:
+    run = Run(letters, single_characters(letters, "ab EN"), stop="END")
+    assert run.pieces == ["a", "b", " ", "", "EN"]
+    assert run.builder.completion().finish_reason == "length"
+
+
+def test_a_stop_string_completed_by_the_last_token_counts(letters: Tokenizer) -> None:
+    run = Run(letters, single_characters(letters, "ab END"), stop="END")
+    assert run.text == "ab "
+    assert run.builder.completion().finish_reason == "stop"
+
+
+def test_no_stop_string_counts_before_the_minimum(letters: Tokenizer) -> None:
+    ids = single_characters(letters, "a.b.c.d")
+    assert Run(letters, ids, stop=".").text == "a"
+    assert Run(letters, ids, stop=".", min_tokens=2).text == "a"
+    assert Run(letters, ids, stop=".", min_tokens=3).text == "a.b"
+    whole = Run(letters, ids, stop=".", min_tokens=7)
+    assert whole.text == "a.b.c.d"
+    assert whole.builder.completion().finish_reason == "length"
+
+
+def test_a_stop_token_leaves_no_text_but_is_counted(letters: Tokenizer) -> None:
+    ids = single_characters(letters, "abcd")
+    run = Run(letters, ids, stop_token=ids[2], logprobs=0)
+    completion = run.builder.completion()
+    assert completion.text == "ab"
+    assert completion.token_ids == tuple(ids[:2])
+    assert completion.finish_reason == "stop"
+    assert completion.usage == Usage(prompt_tokens=3, completion_tokens=3)
+    assert completion.logprobs == (TokenLogprob(ids[0], -0.25), TokenLogprob(ids[1], -0.5))
+
+
+def test_a_stop_token_releases_what_was_held_back(letters: Tokenizer) -> None:
+    ids = single_characters(letters, "a+c")
+    run = Run(letters, ids, stop="+b", stop_token=ids[2])
+    assert run.pieces == ["a", "", "+"]
+
+
+@pytest.mark.parametrize(("skip", "text"), [(True, "ab"), (False, "a<|end|>b")])
+def test_special_tokens_leave_text_where_asked_for(
+    letters: Tokenizer, skip: bool, text: str
+) -> None:
+    (special,) = letters.encode("<|end|>", add_special_tokens=False)
+    first, last = single_characters(letters, "ab")
+    run = Run(letters, [first, special, last], skip_special_tokens=skip)
+    assert run.text == text
+    assert run.builder.completion().token_ids == (first, special, last)
+
+
+def test_without_a_tokenizer_there_are_tokens_and_no_text() -> None:
+    completion = Run(None, [5, 6, 7], stop_token=7).builder.completion()
+    assert (completion.text, completion.token_ids) == ("", (5, 6))
+    assert completion.finish_reason == "stop"
+
+
+def test_a_row_that_runs_has_no_completion() -> None:
+    builder = CompletionBuilder(None, Row(PROMPT, SamplingParams(max_tokens=2).resolved({})))
+    builder.push(RowToken(1, False, False, None))
+    assert builder.finish_reason is None
+    with pytest.raises(AssertionError, match="the row still runs"):
+        builder.completion()
