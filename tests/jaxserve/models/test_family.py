@@ -1,0 +1,279 @@
+"""Which config.json is taken, and what is refused by name."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxserve.config import Activation, AlibiSpec, BlockKind, ModelConfig, NormKind
+from jaxserve.errors import ConfigError, UnsupportedError
+from jaxserve.models.family import families, family_for, family_named
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 24,
+    "intermediate_size": 28,
+    "num_attention_heads": 3,
+    "num_hidden_layers": 2,
+    "vocab_size": 61,
+}
+GEMMA2 = LLAMA | {
+    "architectures": ["Gemma2ForCausalLM"],
+    "model_type": "gemma2",
+    "num_key_value_heads": 1,
+    "head_dim": 10,
+}
+FALCON = {
+    "architectures": ["FalconForCausalLM"],
+    "model_type": "falcon",
+    "hidden_size": 24,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "vocab_size": 61,
+}
+PALM = LLAMA | {"architectures": ["PaLMForCausalLM"], "model_type": "palm"}
+MINIMAL = {"llama": LLAMA, "gemma2": GEMMA2, "falcon": FALCON, "palm": PALM}
+
+
+def read(hf: dict[str, Any]) -> ModelConfig:
+    return family_for(hf).config(hf)
+
+
+@pytest.mark.parametrize("name", MINIMAL)
+def test_the_architecture_decides_the_family(name: str) -> None:
+    hf = MINIMAL[name]
+    assert family_for(hf).name == name
+    assert read(hf).family == name
+    without = {key: value for key, value in hf.items() if key != "architectures"}
+    assert family_for(without).name == name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"architectures": ["MambaForCausalLM"]}, {"architectures": None, "model_type": "mamba"}],
+)
+def test_an_unknown_architecture_is_refused_with_the_supported_ones(
+    change: dict[str, Any],
+) -> None:
+    with pytest.raises(UnsupportedError, match=r"(?i)mamba.*LlamaForCausalLM.*FalconForCausalLM"):
+        family_for(LLAMA | {"model_type": None} | change)
+
+
+def test_another_head_on_a_known_model_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="LlamaForSequenceClassification"):
+        family_for(LLAMA | {"architectures": ["LlamaForSequenceClassification"]})
+
+
+def test_a_config_without_an_architecture_is_refused() -> None:
+    with pytest.raises(ConfigError, match="neither architectures nor model_type"):
+        family_for({"hidden_size": 24})
+
+
+def test_contradicting_names_are_refused() -> None:
+    with pytest.raises(ConfigError, match="model_type='mistral' contradicts"):
+        family_for(LLAMA | {"model_type": "mistral"})
+
+
+def test_an_unknown_family_is_refused_with_the_supported_ones() -> None:
+    with pytest.raises(UnsupportedError, match=r"'opt'.*llama, gemma2, falcon, palm"):
+        family_named("opt")
+
+
+@pytest.mark.parametrize("name", MINIMAL)
+def test_an_unknown_field_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"qk_norm_scale=3.*{name} family"):
+        read(MINIMAL[name] | {"qk_norm_scale": 3})
+
+
+@pytest.mark.parametrize("name", MINIMAL)
+@pytest.mark.parametrize("field", ["hidden_size", "num_hidden_layers", "vocab_size"])
+def test_a_missing_field_is_refused_by_name(name: str, field: str) -> None:
+    with pytest.raises(ConfigError, match=f"{field} is missing"):
+        read({key: value for key, value in MINIMAL[name].items() if key != field})
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "message"),
+    [
+        (LLAMA, {"hidden_act": "mish"}, "hidden_act='mish' is not supported.*silu.*gelu"),
+        (LLAMA, {"is_encoder_decoder": True}, "is_encoder_decoder=True is not supported"),
+        (LLAMA, {"quantization_config": {"bits": 4}}, "quantized.*bfloat16"),
+        (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
+        (GEMMA2, {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        (GEMMA2, {"hidden_act": "relu"}, "hidden_act='relu' is not supported"),
+        (GEMMA2, {"sliding_window_size": 7}, "sliding_window_size=7 is not supported"),
+        (FALCON, {"apply_residual_connection_post_layernorm": True}, "post_layernorm=True"),
+        (FALCON, {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn=2"),
+        (FALCON, {"num_kv_heads": 2}, "num_kv_heads=2 is not supported"),
+        (
+            FALCON,
+            {"new_decoder_architecture": True, "parallel_attn": False},
+            "parallel_attn=False",
+        ),
+        (FALCON, {"ff_factor": 3}, "ff_factor=3 is not supported"),
+        (
+            FALCON,
+            {"alibi": True, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "'linear' with alibi=True",
+        ),
+        (PALM, {"tie_word_embeddings": False}, "tie_word_embeddings=False is not supported"),
+        (PALM, {"norm_type": "batch_norm"}, "norm_type='batch_norm'.*rms_norm, layer_norm"),
+    ],
+)
+def test_an_unsupported_value_is_refused_by_name(
+    base: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        read(base | change)
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "message"),
+    [
+        (LLAMA, {"hidden_size": "24"}, "hidden_size='24' must be a positive integer"),
+        (LLAMA, {"hidden_size": True}, "hidden_size=True must be a positive integer"),
+        (LLAMA, {"num_hidden_layers": 0}, "num_hidden_layers=0 must be a positive integer"),
+        (LLAMA, {"rms_norm_eps": "tiny"}, "rms_norm_eps='tiny' must be a number"),
+        (LLAMA, {"rms_norm_eps": -1e-5}, "rms_norm_eps=-1e-05 must be a positive"),
+        (LLAMA, {"attention_bias": 1}, "attention_bias=1 must be true or false"),
+        (LLAMA, {"head_dim": 7}, "rotary_dim=7 must be positive and even"),
+        (LLAMA, {"num_key_value_heads": 2}, "num_kv_heads=2 does not divide num_heads=3"),
+        (LLAMA, {"rope_scaling": "linear"}, "rope_scaling='linear' must be an object"),
+        (LLAMA, {"temperature": 0.6}, "temperature=0.6.*generation_config.json"),
+        (GEMMA2, {"layer_types": ["full_attention"]}, "layer_types=.*num_hidden_layers=2"),
+        (GEMMA2, {"layer_types": ["full_attention", "x"]}, "layer_types=.*sliding_attention"),
+        (GEMMA2, {"sliding_window": None}, "sliding_window is null"),
+        (FALCON, {"num_attention_heads": 5}, "num_attention_heads=5 does not divide"),
+    ],
+)
+def test_an_inconsistent_config_is_refused_by_name(
+    base: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(base | change)
+
+
+def test_fields_that_do_not_matter_are_taken() -> None:
+    extra = {
+        "_name_or_path": "somewhere",
+        "auto_map": {"AutoModelForCausalLM": "modeling_x.Evil"},
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.40.0",
+        "use_cache": False,
+        "initializer_range": 0.02,
+        "attention_dropout": 0.1,
+        "pretraining_tp": 2,
+        "eos_token_id": [1, 2],
+        "is_decoder": False,
+        "pruned_heads": {},
+        "quantization_config": None,
+        "never_heard_of": None,
+    }
+    assert read(LLAMA | extra) == read(LLAMA)
+
+
+def test_llama_takes_what_its_config_leaves_out_from_hugging_faces_defaults() -> None:
+    config = read(LLAMA)
+    attention = config.layers[0].attention
+    assert (attention.num_kv_heads, attention.head_dim) == (3, 8)
+    assert config.layers[0].norm.eps == 1e-6
+    assert config.max_context_tokens == 2048
+    assert not config.tied
+
+
+def test_gemma2_slides_in_every_other_layer_unless_it_says_otherwise() -> None:
+    windows = [layer.attention.window for layer in read(GEMMA2 | {"num_hidden_layers": 4}).layers]
+    assert windows == [4096, None, 4096, None]
+    types = ["full_attention", "sliding_attention"]
+    chosen = read(GEMMA2 | {"layer_types": types, "sliding_window": 8})
+    assert [layer.attention.window for layer in chosen.layers] == [None, 8]
+
+
+def test_gemma2_null_turns_a_cap_off() -> None:
+    assert read(GEMMA2).logits_soft_cap == 30.0
+    assert read(GEMMA2 | {"final_logit_softcapping": None}).logits_soft_cap is None
+
+
+def test_falcon_variants_differ_in_block_norms_and_heads() -> None:
+    small = read(FALCON | {"num_kv_heads": 4}).layers[0]
+    assert (small.block, small.mlp_norm) == (BlockKind.PARALLEL, False)
+    assert small.attention.num_kv_heads == 1
+    large = read(FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}).layers[0]
+    assert (large.block, large.mlp_norm) == (BlockKind.PARALLEL, True)
+    assert large.attention.num_kv_heads == 2
+    serial = read(
+        FALCON | {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}
+    ).layers[0]
+    assert (serial.block, serial.mlp.bias) == (BlockKind.SERIAL, True)
+    assert serial.attention.rope is None
+    assert serial.attention.alibi == AlibiSpec(scale=1 / math.sqrt(6), bfloat16=True)
+    assert serial.attention.num_kv_heads == 4
+
+
+def test_palm_is_a_parallel_block_with_one_key_head_and_scaled_logits() -> None:
+    config = read(PALM)
+    layer = config.layers[0]
+    assert (layer.block, layer.mlp_norm, layer.attention.num_kv_heads) == (
+        BlockKind.PARALLEL,
+        False,
+        1,
+    )
+    assert (layer.norm.kind, layer.norm.bias) == (NormKind.RMS, False)
+    assert (layer.mlp.activation, layer.mlp.gated) == (Activation.SILU, True)
+    assert config.tied
+    assert config.logits_scale == 24**-0.5
+
+
+def test_fused_rows_are_taken_apart_by_group() -> None:
+    # 4 heads over 2 key heads, 6 features each: rows q0 q1 k0 v0 q2 q3 k1 v1.
+    family = family_for(FALCON)
+    hf = FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}
+    sources = family.sources(family.config(hf))
+    owners = np.repeat(["q0", "q1", "k0", "v0", "q2", "q3", "k1", "v1"], 6)
+    for member, wanted in {
+        "q": ["q0", "q1", "q2", "q3"],
+        "k": ["k0", "k1"],
+        "v": ["v0", "v1"],
+    }.items():
+        bias = sources[f"layers.1.attention.{member}.bias"]
+        assert bias.shape == owners.shape
+        np.testing.assert_array_equal(bias.select(owners)[:, 0], wanted)
+        weight = sources[f"layers.1.attention.{member}"]
+        assert weight.shape == (48, 24)
+        taken = weight.select(np.broadcast_to(owners[:, None], (48, 24)))
+        assert taken.shape == (len(wanted), 6, 24)
+        np.testing.assert_array_equal(taken[:, 5, 23], wanted)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "ignored"),
+    [
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq", True),
+        ("llama", "lm_head.weight", True),
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq2", False),
+        ("llama", "model.layers.0.self_attn.q_norm.weight", False),
+        ("falcon", "lm_head.weight", True),
+        ("falcon", "lm_head.bias", False),
+    ],
+)
+def test_only_tensors_without_weights_of_their_own_are_ignored(
+    family: str, name: str, ignored: bool
+) -> None:
+    assert family_named(family).ignored(name) is ignored
+
+
+def test_every_family_is_named_by_its_module_and_documented() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "models.md").read_text(encoding="utf-8")
+    for family in families():
+        for architecture in family.architectures:
+            assert architecture in page
+
+
+def test_golden_configs_survive_a_round_trip_through_json() -> None:
+    for path in sorted((Path(__file__).parents[2] / "golden").glob("*/config.json")):
+        hf = json.loads(path.read_text(encoding="utf-8"))
+        assert read(hf) == read(json.loads(json.dumps(hf)))
