@@ -36,6 +36,17 @@ from jaxserve.training.trainer import training_model  # noqa: E402
 WINDOWS = (256, 2048)
 COMPLETION_TOKENS = 64
 PROMPT_LINES = 24
+TRAINING = {
+    "tiny": """\
+python -m jaxserve.training.tiny --out tiny --steps 2200 --decay-steps 400 --long-steps 80
+python -m jaxserve.training.tiny --out tiny --resume --steps 2420 --decay-steps 220 \\
+    --long-steps 220""",
+    "tiny-draft": """\
+python -m jaxserve.training.tiny --draft --data tiny/data --out draft --steps 1000 \\
+    --decay-steps 400 --long-steps 150""",
+}
+"""How the shipped weights were made."""
+
 FUNCTION = re.compile(r"^ *def \w+\(.*\).*:$")
 
 
@@ -107,7 +118,6 @@ def _card(shape: Shape, result: dict[str, Any], samples: list[tuple[Document, st
     long, short = (own[f"nats_per_token_window_{length}"] for length in reversed(WINDOWS))
     five = result["five_gram_nats_per_token"]
     draft = " --draft" if shape is TINY_DRAFT else ""
-    option = "--data tiny/data --out draft" if draft else "--out tiny"
     bits = long * result["held_out_tokens"] / result["held_out_bytes"] / np.log(2)
     head = f"""# {shape.name}
 
@@ -142,9 +152,14 @@ token:
 
 ## Reproducing it
 
-`python -m jaxserve.training.tiny{draft} {option}` trains it (resumable; hours on a
-laptop, minutes on an accelerator), `python -m jaxserve.training.export{draft}` writes this folder,
-`python benchmarks/tiny.py` measures it and writes this page.
+Trained with these commands (resumable; hours on a laptop, minutes on an accelerator):
+
+```text
+{TRAINING[shape.name]}
+```
+
+`python -m jaxserve.training.export{draft}` writes this folder, `python benchmarks/tiny.py` measures
+it and writes this page.
 
 ## {len(samples)} completions, not picked
 

@@ -18,7 +18,21 @@ from jaxserve.checkpoint.locate import locate
 from jaxserve.models.family import families, family_for
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-FAMILY_CASES = ("llama-gqa-tied", "gemma2", "falcon-7b", "falcon-40b", "falcon-rw", "palm")
+GOLDEN_CASES = ("llama-gqa-tied", "gemma2", "falcon-7b", "falcon-40b", "falcon-rw")
+PALM: dict[str, Any] = {
+    "architectures": ["PaLMForCausalLM"],
+    "model_type": "palm",
+    "hidden_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "intermediate_size": 56,
+    "max_position_embeddings": 128,
+}
+CONFIGS: dict[str, dict[str, Any]] = {"palm": PALM} | {
+    case: json.loads((GOLDEN / case / "config.json").read_text()) for case in GOLDEN_CASES
+}
 
 
 class Ran(NamedTuple):
@@ -50,9 +64,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def random_checkpoint(folder: Path, case: str) -> Path:
-    """Returns `folder` with a random checkpoint of a golden case's shape, and a tokenizer."""
-    config: dict[str, Any] = json.loads((GOLDEN / case / "config.json").read_text())
-    config["vocab_size"] = 2048
+    """Returns `folder` with a random checkpoint of a case's shape, and a tokenizer."""
+    config = CONFIGS[case] | {"vocab_size": 2048}
     family = family_for(config)
     noise = np.random.default_rng(0)
     tensors = {
@@ -97,7 +110,7 @@ def test_a_prompt_can_be_piped(run: Run) -> None:
     ).out
 
 
-@pytest.mark.parametrize("case", FAMILY_CASES)
+@pytest.mark.parametrize("case", CONFIGS)
 def test_every_family_generates_from_a_directory(case: str, run: Run, tmp_path: Path) -> None:
     folder = random_checkpoint(tmp_path / case, case)
     options = ("--json", "--temperature", "0", "--max-tokens", "8")
@@ -108,10 +121,7 @@ def test_every_family_generates_from_a_directory(case: str, run: Run, tmp_path: 
 
 
 def test_the_cases_cover_every_family() -> None:
-    covered = {
-        family_for(json.loads((GOLDEN / case / "config.json").read_text())).name
-        for case in FAMILY_CASES
-    }
+    covered = {family_for(config).name for config in CONFIGS.values()}
     assert covered == {family.name for family in families()}
 
 
@@ -134,7 +144,7 @@ def test_info_shows_both_cache_groups_of_alternating_windows(run: Run) -> None:
 
 
 def test_info_of_a_truncated_checkpoint_fails_with_one_message(run: Run, tmp_path: Path) -> None:
-    folder = random_checkpoint(tmp_path / "cut", "llama-mha")
+    folder = random_checkpoint(tmp_path / "cut", "palm")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     ran = run("info", "--model", str(folder))
