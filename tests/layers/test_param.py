@@ -122,17 +122,15 @@ def test_fresh_parameters_have_the_distributions_declared() -> None:
         NormSpec(unit_offset=True),
     )
     config = ModelConfig("wide", 512, 64, (spec,), NormSpec(), max_context_tokens=8, tied=True)
-    params = jax.jit(Model(config, Declare()).init)(jax.random.key(0))
+    params = jax.jit(Model(config, Declare(fuse=True)).init)(jax.random.key(0))
     layer = params["layers"][0]
     for values, std in [
         (params["embedding"], 0.02),
-        (layer["mlp"]["hidden"]["separate"]["up"]["values"], 1 / 8),
+        (layer["mlp"]["hidden"]["fused"]["values"], 1 / 8),
         (layer["mlp"]["down"]["values"], 1 / 16),
     ]:
         assert abs(float(jnp.mean(values))) < 0.05 * std
         assert float(jnp.std(values)) == pytest.approx(std, rel=0.03)
     np.testing.assert_array_equal(params["final_norm"]["scale"], 1)
     np.testing.assert_array_equal(layer["attention_norm"]["scale"], 0)  # one is added to it
-    projections = layer["attention"]["qkv"]["separate"]
-    np.testing.assert_array_equal(projections["q"]["bias"], 0)
-    assert not np.array_equal(projections["k"]["values"], projections["v"]["values"])
+    np.testing.assert_array_equal(layer["attention"]["qkv"]["fused"]["bias"], 0)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -102,7 +103,7 @@ def test_llama3_scaling_keeps_fast_pairs_and_divides_slow_ones() -> None:
         assert found[pair] == pytest.approx(blended, rel=1e-6)
 
 
-def yarn(**fields: float) -> RopeSpec:
+def yarn(**fields: Any) -> RopeSpec:
     # Pair i turns 1024 * 10 ** (-i / 4) / (2 pi) times within the trained context.
     return RopeSpec(
         16,

@@ -28,7 +28,7 @@ LIMITS = {
 @pytest.mark.parametrize("name", LIMITS)
 def test_values_within_the_limits_are_kept(name: str) -> None:
     for value in LIMITS[name][1]:
-        assert getattr(SamplingParams(**{name: value}), name) == value
+        assert getattr(SamplingParams.create(**{name: value}), name) == value
 
 
 @pytest.mark.parametrize("name", LIMITS)
@@ -37,7 +37,7 @@ def test_values_outside_are_refused_with_value_and_limit(name: str) -> None:
     for value in refused:
         message = f"{name}={value!r} is out of range; it must be {allowed}"
         with pytest.raises(UsageError, match=f"^{re.escape(message)}$"):
-            SamplingParams(**{name: value})
+            SamplingParams.create(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_values_outside_are_refused_with_value_and_limit(name: str) -> None:
 )
 def test_a_switch_is_true_or_false(name: str) -> None:
     with pytest.raises(UsageError, match=f"{name}='no' is not a switch; use True or False"):
-        SamplingParams(**{name: "no"})
+        SamplingParams.create(**{name: "no"})
 
 
 def test_an_unknown_keyword_is_named_beside_the_known_ones() -> None:
