@@ -7,7 +7,7 @@ help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 12
 
 demo: .venv/.core ## Complete a Python function with the embedded model
-	@.venv/bin/jaxserve generate "def fibonacci(n):" --max-tokens 96 --temperature 0
+	@.venv/bin/jaxserve generate "def read_lines(path):" --max-tokens 96 --seed 2
 
 # Python 3.11 gets the last JAX that supports it, and a torch to compare with.
 PARITY_TESTS := tests/test_house.py tests/jaxserve/models tests/serving tests/jaxserve/test_api.py
