@@ -6,12 +6,12 @@ import os
 import platform
 import time
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 
 READ_BYTES = 512 * 2**20
 
@@ -25,7 +25,7 @@ def facts() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": version("jaxlib"),
     }
 
 
@@ -51,9 +51,10 @@ def read_bandwidth(rounds: int = 5) -> float:
 def _cpu_name() -> str:
     """Returns the processor's name and what of it speeds up matrix products."""
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    fields = dict(
-        (part.strip() for part in line.split(":", 1)) for line in text.splitlines() if ":" in line
-    )
+    fields: dict[str, str] = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        fields[name.strip()] = value.strip()
     flags = set(fields.get("flags", "").split())
     wide = [f for f in ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16") if f in flags]
     return f"{fields.get('model name', platform.processor())} ({', '.join(wide)})"

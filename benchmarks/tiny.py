@@ -52,7 +52,7 @@ FUNCTION = re.compile(r"^ *def \w+\(.*\).*:$")
 
 def main() -> None:
     """Measures both models and writes cards and result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--stdlib", type=Path, help="default: that of the running Python")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/tiny.json")
     options = parser.parse_args()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import secrets
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ TOKENIZER_FILES = (FAST_FILE, *SENTENCEPIECE_FILES, *OTHER_FILES)
 
 
 def load(
-    model: str | PathLike[str] = "tiny",
+    model: str | Path = "tiny",
     *,
     dtype: str | None = None,
     backend: str = "xla",

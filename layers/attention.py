@@ -7,7 +7,7 @@ from flax import nnx
 from jax import Array
 
 from jaxserve.config import AttentionSpec
-from jaxserve.layers.cache import Cache
+from jaxserve.layers.cache import AnyCache
 from jaxserve.layers.linear import linear, linear_group
 from jaxserve.layers.param import Axis, Declare
 from jaxserve.layers.rope import rotate
@@ -26,7 +26,9 @@ class Attention(nnx.Module):
         )
         self.out = declare.weight((heads, head), (embed,), spec.out_bias)
 
-    def __call__(self, x: Array, layer: int, cache: Cache, run: Runtime) -> tuple[Array, Cache]:
+    def __call__(
+        self, x: Array, layer: int, cache: AnyCache, run: Runtime
+    ) -> tuple[Array, AnyCache]:
         """Returns (attention of x[T, embed] as [T, embed], the cache with these tokens in it)."""
         with jax.named_scope("qkv"):
             q, k, v = linear_group(x, self.qkv, run.comm, run.kernels)

@@ -8,7 +8,7 @@ from jax import Array
 
 from jaxserve.config import BlockKind, LayerSpec
 from jaxserve.layers.attention import Attention
-from jaxserve.layers.cache import Cache
+from jaxserve.layers.cache import AnyCache
 from jaxserve.layers.mlp import Mlp
 from jaxserve.layers.norm import Norm
 from jaxserve.layers.param import Axis, Declare
@@ -27,7 +27,9 @@ class Block(nnx.Module):
         self.attention_post_norm = Norm(spec.norm, embed, declare) if spec.post_norms else None
         self.mlp_post_norm = Norm(spec.norm, embed, declare) if spec.post_norms else None
 
-    def __call__(self, x: Array, layer: int, cache: Cache, run: Runtime) -> tuple[Array, Cache]:
+    def __call__(
+        self, x: Array, layer: int, cache: AnyCache, run: Runtime
+    ) -> tuple[Array, AnyCache]:
         """Returns (the residual stream [T, embed] after this block, the cache)."""
         h = self.attention_norm(x, run.comm)
         attended, cache = self.attention(h, layer, cache, run)

@@ -13,7 +13,7 @@ position is -1 is never attended.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,10 @@ class Cache(Protocol):
     def end(self) -> Self:
         """Returns the cache ready for the next step."""
         ...
+
+
+AnyCache = TypeVar("AnyCache", bound=Cache)
+"""The kind of cache that goes into a forward is the kind that comes out."""
 
 
 @jax.tree_util.register_dataclass

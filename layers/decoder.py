@@ -23,7 +23,7 @@ from jax import Array
 
 from jaxserve.config import ModelConfig
 from jaxserve.layers.block import Block
-from jaxserve.layers.cache import Cache
+from jaxserve.layers.cache import AnyCache
 from jaxserve.layers.norm import Norm
 from jaxserve.layers.param import (
     Axis,
@@ -58,7 +58,7 @@ class Decoder(nnx.Module):
             else Weight((embed,), (vocab,), False, declare.dtype, Orientation.OUT_IN)
         )
 
-    def hidden(self, step: Step, cache: Cache, run: Runtime) -> tuple[Array, Cache]:
+    def hidden(self, step: Step, cache: AnyCache, run: Runtime) -> tuple[Array, AnyCache]:
         """Returns (the normed residual stream [T, embed] after the last block, the cache)."""
         x = jnp.take(self.embedding[...], step.tokens, axis=0)
         if self.config.embed_scale is not None:
@@ -140,13 +140,13 @@ def forward(
     model: Model,
     params: Params,
     step: Step,
-    cache: Cache,
+    cache: AnyCache,
     comm: Comm,
     kernels: KernelSet,
     rows: Array | None = None,
     capture: tuple[str, ...] = (),
     edit: Mapping[str, Callable[[Array], Array]] | None = None,
-) -> tuple[Output, Cache]:
+) -> tuple[Output, AnyCache]:
     """Returns (output, cache) of one step.
 
     Args:

@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -154,7 +154,9 @@ def size_of(axes: Axes) -> int:
 
 def named_parameters(module: nnx.Module) -> Iterator[tuple[tuple[str | int, ...], Parameter]]:
     """Yields (path, parameter) of every declared parameter, in a fixed order."""
-    yield from nnx.to_flat_state(nnx.state(module))
+    for path, leaf in nnx.to_flat_state(nnx.state(module)):
+        assert isinstance(leaf, Parameter)
+        yield cast(tuple[str | int, ...], path), leaf
 
 
 def tree_of(flat: Iterable[tuple[tuple[str | int, ...], Any]]) -> dict[Any, Any]:

@@ -82,6 +82,10 @@ class Generated:
     logprobs: Array | None
 
 
+Carry = tuple[Array, Array, Progress, Generated]
+"""State of the loop in `generate`: next column, finished rows bool[B], batch, outcome so far."""
+
+
 def logits(program: Program, params: Params, tokens: Array) -> Array:
     """Returns float32[B, L, V] for int32[B, L] whole sequences; differentiable."""
     batch, length = tokens.shape
@@ -183,7 +187,6 @@ def generate(
     if sampled.logprobs is not None:
         scores = jnp.zeros((batch, max_tokens), jnp.float32).at[:, 0].set(sampled.logprobs)
     result = Generated(tokens, jnp.ones(batch, jnp.int32), scores)
-    Carry = tuple[Array, Array, Progress, Generated]
 
     def unfinished(carry: Carry) -> Array:
         index, done, _, _ = carry

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -97,14 +97,11 @@ class Sampling:
         asked = [p.logprobs for p in rows if p.logprobs is not None]
         return cls(
             temperature=None if greedy else _floats(rows, "temperature"),
-            seed=np.array(
-                [[(p.seed or 0) >> 32 & 0xFFFFFFFF, (p.seed or 0) & 0xFFFFFFFF] for p in rows],
-                np.uint32,
-            ),
-            sample_index=np.asarray(sample_indices or [0] * batch, np.int32),
+            seed=_words([p.seed or 0 for p in rows]),
+            sample_index=_column(sample_indices or [0] * batch),
             stop_ids=_padded(stop_ids),
             min_tokens=_ints(rows, "min_tokens"),
-            generated=np.zeros(batch, np.int32),
+            generated=_column([0] * batch),
             bias=_bias(rows, vocab_size),
             penalties=_penalties(rows, prompts, vocab_size),
             filters=None if greedy else _filters(rows),
@@ -265,23 +262,32 @@ def _reported(logits: Array, tokens: Array, stopped: Array, count: int | None) -
     return Sampled(tokens, stopped, chosen, top_tokens, top_logprobs)
 
 
-def _floats(rows: Sequence[SamplingParams], name: str) -> np.ndarray:
+def _words(seeds: Sequence[int]) -> Any:
+    """Returns uint32[B, 2], high and low word of each int64. Like all below, on the host."""
+    return np.array([[seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF] for seed in seeds], np.uint32)
+
+
+def _column(values: Sequence[int]) -> Any:
+    return np.asarray(values, np.int32)
+
+
+def _floats(rows: Sequence[SamplingParams], name: str) -> Any:
     return np.array([getattr(p, name) for p in rows], np.float32)
 
 
-def _ints(rows: Sequence[SamplingParams], name: str) -> np.ndarray:
+def _ints(rows: Sequence[SamplingParams], name: str) -> Any:
     largest = np.iinfo(np.int32).max
     return np.array([min(getattr(p, name) or 0, largest) for p in rows], np.int32)
 
 
-def _padded(stop_ids: Sequence[Sequence[int]]) -> np.ndarray:
+def _padded(stop_ids: Sequence[Sequence[int]]) -> Any:
     """Returns int32[B, M], -1 past the end; M is a power of two, so that few programs differ."""
     longest = max((len(s) for s in stop_ids), default=0)
     width = 1 << max(longest - 1, 0).bit_length()
     return np.array([[*s, *[-1] * (width - len(s))] for s in stop_ids], np.int32)
 
 
-def _bias(rows: Sequence[SamplingParams], vocab_size: int) -> np.ndarray | None:
+def _bias(rows: Sequence[SamplingParams], vocab_size: int) -> Any:
     if not any(p.logit_bias for p in rows):
         return None
     bias = np.zeros((len(rows), vocab_size), np.float32)
@@ -300,7 +306,8 @@ def _penalties(
     )
     if neutral:
         return None
-    in_prompt = np.zeros((len(rows), vocab_size), bool)
+    in_prompt: Any = np.zeros((len(rows), vocab_size), bool)
+    counts: Any = np.zeros((len(rows), vocab_size), np.int32)
     for row, prompt in enumerate(prompts):
         in_prompt[row, list(prompt)] = True
     return Penalties(
@@ -308,7 +315,7 @@ def _penalties(
         _floats(rows, "presence_penalty"),
         _floats(rows, "frequency_penalty"),
         in_prompt,
-        np.zeros((len(rows), vocab_size), np.int32),
+        counts,
     )
 
 

@@ -169,10 +169,10 @@ class StaticBatch:
         batch = at_least(len(self._rows), 1)
         rows = [*self._rows, *[self._rows[0]] * (batch - len(self._rows))]
         length = at_least(max(len(row.prompt) for row in rows), MIN_PROMPT)
-        tokens = np.zeros((batch, length), np.int32)
+        tokens: Any = np.zeros((batch, length), np.int32)
         for index, row in enumerate(rows):
             tokens[index, : len(row.prompt)] = row.prompt
-        lengths = np.array([len(row.prompt) for row in rows], np.int32)
+        lengths: Any = np.array([len(row.prompt) for row in rows], np.int32)
         sampling = Sampling.create(
             [row.params for row in rows],
             [row.prompt for row in rows],

@@ -187,7 +187,10 @@ def test_model_defaults_stand_where_the_request_is_silent(llm: js.LLM) -> None:
     ],
 )
 def test_bad_requests_are_refused_with_value_and_limit(
-    llm: js.LLM, call: dict, error: type[Exception], message: str  # pyright: ignore[reportMissingTypeArgument]
+    llm: js.LLM,
+    call: dict,
+    error: type[Exception],
+    message: str,  # pyright: ignore[reportMissingTypeArgument]
 ) -> None:
     with pytest.raises(error, match=message):
         llm.generate(**call)

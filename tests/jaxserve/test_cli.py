@@ -105,9 +105,10 @@ def test_the_streamed_text_is_that_of_the_json(run: Run) -> None:
 
 def test_a_prompt_can_be_piped(run: Run) -> None:
     options = ("--max-tokens", "6", "--temperature", "0", "--json")
-    assert run("generate", *options, stdin="import os").out == run(
-        "generate", "import os", *options
-    ).out
+    assert (
+        run("generate", *options, stdin="import os").out
+        == run("generate", "import os", *options).out
+    )
 
 
 @pytest.mark.parametrize("case", CONFIGS)

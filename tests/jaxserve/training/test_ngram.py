@@ -31,10 +31,10 @@ def test_every_distribution_sums_to_one() -> None:
 
 def test_bigram_by_hand() -> None:
     # Too few tokens to estimate discounts, so every count gives up one half.
-    model = NgramModel.fit(np.asarray([0, 1, 0, 1, 0, 2]), vocab_size=3, order=2)
+    model = NgramModel.fit(np.asarray([0, 1, 0, 1, 0, 2], np.int64), vocab_size=3, order=2)
     third = 1 / 3  # of the unigrams: each token follows exactly one other
     np.testing.assert_allclose(
-        model.distribution(np.asarray([0])),
+        model.distribution(np.asarray([0], np.int64)),
         [third * third, 1.5 / 3 + third * third, 0.5 / 3 + third * third],
     )
 
@@ -62,4 +62,4 @@ def test_longer_contexts_help_where_tokens_decide_the_next() -> None:
 
 def test_keys_that_overflow_are_refused() -> None:
     with pytest.raises(UsageError, match="63 bits"):
-        NgramModel.fit(np.asarray([0, 1, 2]), vocab_size=2**16)
+        NgramModel.fit(np.asarray([0, 1, 2], np.int64), vocab_size=2**16)
