@@ -12,17 +12,20 @@ demo: .venv/.core ## Complete a Python function with the embedded model
 # Python 3.11 gets the last JAX that supports it, and a torch to compare with.
 PARITY_TESTS := tests/test_house.py tests/jaxserve/models tests/serving tests/jaxserve/test_api.py
 
+# One process a core: most of a test's time goes to compiling and to starting commands.
+PYTEST := python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
 test: .venv/.dev ## Run the suite, then parity and generation on Python 3.11 where it is present
-	.venv/bin/python -m pytest -m "not slow"
+	.venv/bin/$(PYTEST) -m "not slow"
 	@$(MAKE) --no-print-directory test-parity
 
 test-full: .venv/.dev ## Run the suite with its slow tests
-	.venv/bin/python -m pytest
+	.venv/bin/$(PYTEST)
 	@$(MAKE) --no-print-directory test-parity
 
 test-parity: .venv311/.parity ## Run parity and generation on Python 3.11 alone
 	@if [ -x .venv311/bin/python ]; then \
-		.venv311/bin/python -m pytest -m "not slow" $(PARITY_TESTS); \
+		.venv311/bin/$(PYTEST) -m "not slow" $(PARITY_TESTS); \
 	else \
 		echo "no Python 3.11 here: the tests with JAX 0.10 and torch are left out"; \
 	fi
