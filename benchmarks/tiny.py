@@ -43,7 +43,9 @@ python -m jaxserve.training.tiny --out tiny --resume --steps 2420 --decay-steps 
     --long-steps 220""",
     "tiny-draft": """\
 python -m jaxserve.training.tiny --draft --data tiny/data --out draft --steps 1000 \\
-    --decay-steps 400 --long-steps 150""",
+    --decay-steps 400 --long-steps 150
+python -m jaxserve.training.tiny --draft --data tiny/data --out draft --resume --steps 1130 \\
+    --decay-steps 130 --long-steps 130""",
 }
 """How the shipped weights were made."""
 
@@ -108,8 +110,8 @@ def _beginning(text: str) -> str:
     lines = text.splitlines()
     for index, line in enumerate(lines):
         if FUNCTION.match(line):
-            return "\n".join(lines[max(0, index - PROMPT_LINES) : index + 1]) + "\n"
-    return "\n".join(lines[:PROMPT_LINES]) + "\n"
+            return "\n".join(lines[max(0, index - PROMPT_LINES) : index + 1])
+    return "\n".join(lines[:PROMPT_LINES])
 
 
 def _card(shape: Shape, result: dict[str, Any], samples: list[tuple[Document, str, str]]) -> str:
@@ -169,8 +171,8 @@ the signature and, after the marker `#>`, the completion.
 """
     parts = [head]
     for document, prompt, completion in samples:
-        signature = prompt.rstrip("\n").rsplit("\n", 1)[-1]
-        shown = completion.replace("```", "'''").rstrip()
+        signature = prompt.rsplit("\n", 1)[-1]
+        shown = completion.replace("```", "'''").strip("\n").rstrip()
         parts.append(f"\n`{document.name}`\n\n```text\n{signature}\n#>\n{shown}\n```\n")
     return "".join(parts)
 

@@ -1,0 +1,1 @@
+"""Other inference engines, each in its own Python environment, behind one line-JSON protocol."""
