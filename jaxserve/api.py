@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import secrets
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from jaxserve.checkpoint.locate import locate
 from jaxserve.compile_cache import enable as enable_compile_cache
 from jaxserve.completion import CompletionBuilder
 from jaxserve.config import ModelConfig
-from jaxserve.errors import ContextLengthError, TokenizerError, UnsupportedError, UsageError
+from jaxserve.errors import ContextLengthError, TokenizerError, UsageError
 from jaxserve.layers.decoder import Model, Params
 from jaxserve.layers.param import Declare
 from jaxserve.pallas_kernels import kernel_set
@@ -120,6 +121,7 @@ class LLM:
     ) -> None:
         declare = Declare() if declare is None else declare
         program = Program(Model(config, declare), LocalComm(), kernel_set(backend))
+        _check_params(params, program.model)
         self.config = config
         self.tokenizer = tokenizer
         self.defaults = GenerationDefaults() if defaults is None else defaults
@@ -151,6 +153,8 @@ class LLM:
             UsageError: a parameter is unknown or out of range, or a prompt is empty.
             ContextLengthError: prompt and max_tokens exceed the model's context.
         """
+        if not isinstance(prompts, str | Sequence | np.ndarray):
+            raise UsageError(f"prompts is text, a list of token ids or a list of them: {prompts!r}")
         single = is_single(prompts)
         many: list[Any] = [prompts] if single else list(prompts)
         params = _per_prompt(sampling, fields, len(many))
@@ -206,11 +210,17 @@ class LLM:
 
     def logits(self, token_ids: Any) -> Array:
         """Returns float32[..., T, V], the scores after each of the tokens int[..., T]."""
-        tokens = np.asarray(token_ids, np.int32)
-        if tokens.ndim == 0 or tokens.size == 0:
-            raise UsageError("logits needs at least one token id; pass a list of ids")
+        try:
+            tokens = np.asarray(token_ids)
+        except ValueError:
+            tokens = np.zeros(0)
+        if tokens.ndim == 0 or tokens.size == 0 or tokens.dtype.kind not in "iu":
+            raise UsageError(
+                "logits takes token ids as integers, in a list or in lists of one length, at "
+                f"least one; not {token_ids!r:.80}"
+            )
         self._check_ids(tokens.ravel().tolist())
-        rows = tokens.reshape(-1, tokens.shape[-1])
+        rows = tokens.reshape(-1, tokens.shape[-1]).astype(np.int32)
         out = self._logits(self.steps.program, self.params, rows)
         return out.reshape(*tokens.shape, -1)
 
@@ -232,11 +242,17 @@ class LLM:
         if params.stop and self.tokenizer is None:
             raise UsageError("stop strings need a tokenizer; use stop_token_ids")
         room = self.config.max_context_tokens - len(ids)
-        if room < 1 or (asked.max_tokens or 1) > room:
+        if room < 1:
             raise ContextLengthError(
-                f"a prompt of {len(ids)} tokens and max_tokens={asked.max_tokens or 1} exceed the "
+                f"a prompt of {len(ids)} tokens leaves no room in the context of "
+                f"{self.config.max_context_tokens} tokens; shorten it to at most "
+                f"{self.config.max_context_tokens - 1}"
+            )
+        if (asked.max_tokens or 1) > room:
+            raise ContextLengthError(
+                f"a prompt of {len(ids)} tokens and max_tokens={asked.max_tokens} exceed the "
                 f"context of {self.config.max_context_tokens} tokens; shorten the prompt or use "
-                f"max_tokens up to {max(room, 0)}"
+                f"max_tokens up to {room}"
             )
         wanted = params.max_tokens
         if wanted is None and self.defaults.max_length is not None:
@@ -247,6 +263,11 @@ class LLM:
         params = msgspec.structs.replace(
             params, seed=seed, max_tokens=min(wanted or DEFAULT_MAX_TOKENS, room)
         )
+        if (params.min_tokens or 0) > (params.max_tokens or 0):
+            raise UsageError(
+                f"min_tokens={params.min_tokens} exceeds max_tokens={params.max_tokens}, which is "
+                "the default or what the context leaves; set max_tokens or lower min_tokens"
+            )
         eos = () if params.ignore_eos else self.eos_token_ids
         stops = tuple(sorted({*eos, *params.stop_token_ids}))
         return [Row(tuple(ids), params, stops, index) for index in range(params.n)]
@@ -259,7 +280,11 @@ class LLM:
                 )
             ids = self.tokenizer.encode(prompt)
         else:
-            ids = [int(i) for i in prompt]
+            ids = [int(i) for i in prompt if isinstance(i, int | np.integer)]
+            if len(ids) != len(prompt):
+                raise UsageError(
+                    f"a prompt is text or a list of token ids (integers), not {prompt!r:.80}"
+                )
             self._check_ids(ids)
         if not ids:
             raise UsageError("the prompt is empty; give at least one token of text")
@@ -281,6 +306,7 @@ class TextStream:
         self._builder = builder
         self._batch = StaticBatch(steps, [row])
         self._pieces = self._run()
+        self.first_token_at = 0.0  # time.perf_counter() when the first token was there
 
     @property
     def completion(self) -> Completion:
@@ -297,6 +323,7 @@ class TextStream:
 
     def _run(self) -> Iterator[str]:
         for tokens in self._batch:
+            self.first_token_at = self.first_token_at or time.perf_counter()
             piece = self._builder.push(tokens[0])
             if self._builder.finish_reason is not None:
                 self._batch.finish(0)
@@ -334,13 +361,33 @@ def _dtype(asked: str | None, stored: str) -> str:
     """Returns the dtype to run in: the one asked for, or that of the checkpoint if we run it.
 
     Raises:
-        UnsupportedError: models do not run in the dtype asked for.
+        UsageError: models do not run in the dtype asked for.
     """
     if asked is None:
         return stored if stored in DTYPES else "bfloat16"
     if asked not in DTYPES:
-        raise UnsupportedError(f"dtype={asked!r} is not supported; use {' or '.join(DTYPES)}")
+        raise UsageError(f"dtype={asked!r} is not supported; use {' or '.join(DTYPES)}")
     return asked
+
+
+def _check_params(params: Params, model: Model) -> None:
+    """Checks that arrays lie in the model's tree, each in its shape.
+
+    Raises:
+        UsageError: one is missing, left over or of another shape; the message names the first.
+    """
+
+    def shapes(tree: Params) -> dict[str, tuple[int, ...]]:
+        flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+        return {jax.tree_util.keystr(path): leaf.shape for path, leaf in flat}
+
+    found, expected = shapes(params), shapes(model.abstract_params())
+    for path in [*expected, *found]:
+        if found.get(path) != expected.get(path):
+            raise UsageError(
+                f"params{path} has shape {found.get(path)}, expected {expected.get(path)}; params "
+                "are laid out as Model(config, declare).abstract_params() with the same declare"
+            )
 
 
 def _print_compiled(what: str, seconds: float) -> None:
@@ -361,6 +408,11 @@ def _per_prompt(
         )
     if isinstance(sampling, SamplingParams):
         return [sampling] * count
+    if not all(isinstance(one, SamplingParams) for one in sampling):
+        raise UsageError(
+            f"sampling={sampling!r:.80} is no SamplingParams; give its fields as keywords, as in "
+            "generate(prompt, temperature=0.7), or SamplingParams(temperature=0.7)"
+        )
     if len(sampling) != count:
         raise UsageError(
             f"{len(sampling)} sampling parameters for {count} prompts; give one, or one for each"

@@ -10,6 +10,8 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,20 +54,13 @@ StopOption = Annotated[list[str] | None, typer.Option(help="end at this text; ma
 
 
 def main() -> None:
-    """Runs the command line and exits."""
+    """Runs the command line and exits. Typer itself ends quietly on Ctrl-C and a closed pipe."""
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
         app()
     except JaxserveError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader of our output is gone; there is no one left to tell.
-        sys.stderr.close()
-        sys.exit(1)
 
 
 def _version(asked: bool) -> None:
@@ -131,6 +126,8 @@ def generate(
         ignore_eos=ignore_eos,
         logprobs=logprobs,
     )
+    if logprobs is not None and not json_output:
+        raise UsageError(f"--logprobs {logprobs} is shown only with --json; add --json")
     text = _prompt(prompt)
     llm = _load(model, dtype, backend, quiet)
     stream = llm.stream(text, params)
@@ -173,6 +170,8 @@ def chat(
         stop=tuple(stop or ()),
     )
     llm = _load(model, dtype, backend, quiet)
+    if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
+        raise UsageError(f"--model {model} has no chat template; use jaxserve generate")
     messages: list[dict[str, str]] = []
     if system is not None:
         messages.append({"role": "system", "content": system})
@@ -227,26 +226,37 @@ def _prompt(argument: str | None) -> str:
         return argument
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError('no prompt; give one as an argument ("def add(") or on standard input')
-    return sys.stdin.read()
+    with _utf8_input():
+        return sys.stdin.read()
 
 
 def _read_turn() -> str:
     """Returns the next line of the user, empty at the end of input."""
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
+        with _utf8_input():
+            return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return ""
+
+
+@contextmanager
+def _utf8_input() -> Iterator[None]:
+    """Turns bytes on standard input that are no text into a message."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"standard input is not {error.encoding} at byte {error.start} "
+            f"(0x{error.object[error.start]:02x}); give it as UTF-8 text"
+        ) from error
 
 
 def _show(stream: TextStream, before: str, quiet: bool) -> None:
     """Prints the pieces of a completion as they come, then tokens per second."""
     began = time.perf_counter()
-    first = began
     sys.stdout.write(before)
     sys.stdout.flush()
-    for index, piece in enumerate(stream):
-        if index == 0:
-            first = time.perf_counter()
+    for piece in stream:
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
@@ -255,6 +265,7 @@ def _show(stream: TextStream, before: str, quiet: bool) -> None:
         return
     done = stream.completion
     count = done.usage.completion_tokens
+    first = stream.first_token_at
     rate = (count - 1) / (time.perf_counter() - first) if count > 1 else 0.0
     typer.echo(
         f"{count} tokens ({done.finish_reason}), first after {first - began:.2f} s, "

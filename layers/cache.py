@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxserve.config import AttentionSpec, ModelConfig
+from jaxserve.config import AttentionSpec, ModelConfig, cache_spec
 from jaxserve.layers.step import Step
 from jaxserve.pallas_kernels import KernelSet
 
@@ -109,10 +109,9 @@ class DenseCache:
         """Returns an empty cache for `batch` sequences of at most `slots` tokens."""
 
         def zeros() -> tuple[Array, ...]:
-            return tuple(
-                jnp.zeros((batch, spec.num_kv_heads, slots, spec.head_dim), dtype)
-                for spec in (layer.attention for layer in config.layers)
-            )
+            specs = (cache_spec(layer.attention, dtype) for layer in config.layers)
+            shapes = (spec.token_shape for spec in specs)
+            return tuple(jnp.zeros((batch, heads, slots, head), dtype) for _, heads, head in shapes)
 
         return cls(zeros(), zeros(), jnp.full((batch, slots), -1, jnp.int32), jnp.int32(0))
 

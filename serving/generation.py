@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxserve.errors import UsageError
 from jaxserve.layers.cache import DenseCache, NoCache
 from jaxserve.layers.decoder import Model, Params, forward
 from jaxserve.layers.step import Step
@@ -147,7 +148,9 @@ def start(
     Args:
         slots: room of the cache, in tokens a row; at least L.
     """
-    batch = prompts.tokens.shape[0]
+    batch, length = prompts.tokens.shape
+    if slots < length:
+        raise UsageError(f"slots={slots} cannot hold prompts of {length} tokens; use at least that")
     model = program.model
     cache = DenseCache.create(model.config, batch, slots, model.declare.dtype)
     scores, cache = prefill(program, params, prompts, cache)
@@ -180,8 +183,13 @@ def generate(
     Args:
         slots: at least L + max_tokens.
     """
+    batch, length = prompts.tokens.shape
+    if slots < length + max_tokens:
+        raise UsageError(
+            f"slots={slots} cannot hold prompts of {length} tokens and max_tokens={max_tokens}; "
+            f"use at least {length + max_tokens}"
+        )
     sampled, progress = start(program, params, prompts, sampling, slots)
-    batch = prompts.tokens.shape[0]
     tokens = jnp.full((batch, max_tokens), -1, jnp.int32).at[:, 0].set(sampled.tokens)
     scores = None
     if sampled.logprobs is not None:

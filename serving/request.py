@@ -36,14 +36,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         top_k: number of likeliest tokens kept; 0 keeps all.
         top_p: smallest set of likeliest tokens with this probability is kept; (0, 1].
         min_p: tokens below this fraction of the likeliest one's probability are dropped; [0, 1].
-        repetition_penalty: divides positive logits of tokens seen in prompt or output; > 0.
+        repetition_penalty: divides positive logits of tokens seen in prompt or output, multiplies
+            negative ones; [1e-6, 1e6].
         presence_penalty: subtracted once from logits of tokens in the output; [-2, 2].
         frequency_penalty: subtracted per occurrence in the output; [-2, 2].
         logit_bias: token id -> added to its logit, clamped to +-100.
         seed: int64; None draws one, which is returned with the completion.
-        max_tokens: longest completion; None takes the model's default or the rest of the context.
+        max_tokens: longest completion; None takes the model's default, and without one whatever the
+            caller has for it (`LLM` takes 128).
         min_tokens: no end-of-sequence and no stop token before this many tokens.
-        stop: strings that end the completion, up to 16; they may span tokens.
+        stop: strings that end the completion, up to 16; they may span tokens, and lie wholly after
+            the first `min_tokens` tokens.
         stop_token_ids: token ids that end the completion besides the model's own.
         ignore_eos: the model's end-of-sequence tokens do not end the completion.
         include_stop_str_in_output: the matched stop string stays in the text.
@@ -87,8 +90,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         msgspec.structs.force_setattr(self, "logit_bias", _clamped(self.logit_bias))
         if self.n > 1 and self.temperature is not None and self.greedy:
             raise UsageError(
-                f"n={self.n} with temperature 0 gives {self.n} equal completions; "
-                "use n=1 or a temperature above 0"
+                f"n={self.n} with temperature 0 gives {self.n} equal completions (where a request "
+                "names no temperature it is the model's); use n=1 or a temperature above 0"
+            )
+        if self.max_tokens is not None and (self.min_tokens or 0) > self.max_tokens:
+            raise UsageError(
+                f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}; raise "
+                "max_tokens or lower min_tokens"
             )
 
     @classmethod
@@ -236,7 +244,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("top_k", "0 (off) or a whole number >= 1", lambda v: isinstance(v, int) and v >= 0),
     ("top_p", "above 0, at most 1", lambda v: 0 < v <= 1),
     ("min_p", "from 0 to 1", lambda v: 0 <= v <= 1),
-    ("repetition_penalty", "above 0 and finite", lambda v: 0 < v < float("inf")),
+    ("repetition_penalty", "from 1e-6 to 1e6", lambda v: 1e-6 <= v <= 1e6),
     ("presence_penalty", "from -2 to 2", lambda v: -2 <= v <= 2),
     ("frequency_penalty", "from -2 to 2", lambda v: -2 <= v <= 2),
     ("seed", "an int64", lambda v: isinstance(v, int) and -(2**63) <= v < 2**63),

@@ -60,7 +60,6 @@ _IRRELEVANT = frozenset(
         "_commit_hash",
         "_from_model_config",
         "_name_or_path",
-        "generation_kwargs",
         "transformers_version",
         # How Hugging Face computes, speculation included, and what it returns.
         "assistant_confidence_threshold",
@@ -100,13 +99,12 @@ _IRRELEVANT = frozenset(
         "num_beam_groups",
         # Of encoder-decoder models, which no family is.
         "decoder_start_token_id",
-        "encoder_no_repeat_ngram_size",
-        "encoder_repetition_penalty",
     }
 )
 
 # Neutral beside null, false, 0, "", [] and {}.
 _NEUTRAL: Mapping[str, float] = {
+    "encoder_repetition_penalty": 1,
     "guidance_scale": 1,
     "num_beams": 1,
     "num_return_sequences": 1,
@@ -194,7 +192,7 @@ def _top_k(name: str, value: Any) -> int | None:
 
 
 def _temperature(name: str, value: Any) -> float:
-    return _number(0, math.inf, low_is_in=True)(name, value)
+    return _number(0, 2, low_is_in=True)(name, value)
 
 
 def _token(name: str, value: Any) -> int | None:

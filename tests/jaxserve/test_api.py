@@ -10,6 +10,7 @@ import pytest
 
 import jaxserve as js
 from jaxserve.api import DEFAULT_MAX_TOKENS
+from jaxserve.layers.param import Declare
 from jaxserve.serving.generation import logits
 
 PROMPTS = ["def add(a, b):\n", "import os", "class Stack:\n    def __init__(self):\n        self."]
@@ -182,7 +183,16 @@ def test_model_defaults_stand_where_the_request_is_silent(llm: js.LLM) -> None:
         ({"prompts": "a", "top_p": 0}, js.UsageError, "top_p=0 is out of range"),
         ({"prompts": "a", "n": 2, "temperature": 0}, js.UsageError, "n=2 with temperature 0"),
         ({"prompts": "a", "logit_bias": {5000: 1}}, js.UsageError, "5000 is outside"),
-        ({"prompts": [7] * 2048}, js.ContextLengthError, "2048 tokens and max_tokens=1"),
+        ({"prompts": [7] * 2048}, js.ContextLengthError, "shorten it to at most 2047"),
+        ({"prompts": "a", "min_tokens": 9, "max_tokens": 2}, js.UsageError, "min_tokens=9 exceeds"),
+        (
+            {"prompts": "a", "min_tokens": 200},
+            js.UsageError,
+            "min_tokens=200 exceeds max_tokens=128",
+        ),
+        ({"prompts": [[1.7, 2.9]]}, js.UsageError, "integers"),
+        ({"prompts": 5}, js.UsageError, "prompts is text"),
+        ({"prompts": "a", "sampling": {"temperature": 0}}, js.UsageError, "no SamplingParams"),
         ({"prompts": [7] * 40, "max_tokens": 2020}, js.ContextLengthError, "max_tokens up to 2008"),
     ],
 )
@@ -207,6 +217,17 @@ def test_bad_requests_are_refused_with_value_and_limit(
 def test_bad_load_options_are_refused(options: dict, message: str) -> None:  # pyright: ignore[reportMissingTypeArgument]
     with pytest.raises(js.JaxserveError, match=message):
         js.load(**{"model": "tiny", "show": "silent", **options})
+
+
+@pytest.mark.parametrize("ids", [[], 3, [1.5], [[1], [1, 2]], ["a"], [2**40]])
+def test_logits_of_what_is_no_token_ids_are_refused(llm: js.LLM, ids: object) -> None:
+    with pytest.raises(js.UsageError, match="token id"):
+        llm.logits(ids)
+
+
+def test_params_of_another_storage_are_refused_at_construction(llm: js.LLM) -> None:
+    with pytest.raises(js.UsageError, match="expected"):
+        js.LLM(llm.config, llm.params, declare=Declare("float32", fuse=False))
 
 
 def test_the_reference_backend_gives_the_same_tokens(llm: js.LLM) -> None:

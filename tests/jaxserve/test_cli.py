@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxserve import cli
+from jaxserve import cli, load
 from jaxserve.checkpoint.locate import locate
 from jaxserve.models.family import families, family_for
 
@@ -165,11 +166,36 @@ def test_a_converted_checkpoint_generates_the_same(run: Run, tmp_path: Path) -> 
     assert str(tmp_path / "orbax") in again.err
 
 
-def test_chat_answers_line_by_line(run: Run) -> None:
+def test_chat_carries_the_conversation_on(run: Run) -> None:
     ran = run("chat", "--max-tokens", "5", "--temperature", "0", "--quiet", stdin="hi\nwhat\n")
     assert ran.code == 0
-    assert ran.out.endswith("\n")
-    assert ran.err == ""
+    llm = load("tiny", show="silent")
+    messages = [{"role": "user", "content": "hi"}]
+    first = llm.chat(messages, max_tokens=5, temperature=0).text
+    messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "what"}]
+    second = llm.chat(messages, max_tokens=5, temperature=0).text
+    assert ran.out == f"{first}\n{second}\n"
+
+
+def test_chat_without_a_template_is_refused_before_the_first_line(run: Run, tmp_path: Path) -> None:
+    folder = random_checkpoint(tmp_path / "plain", "palm")
+    options = json.loads((folder / "tokenizer_config.json").read_text())
+    del options["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(options))
+    ran = run("chat", "--model", str(folder), "--quiet", stdin="hi\n")
+    assert ran.code == 2
+    assert "no chat template" in ran.err
+
+
+def test_bytes_that_are_no_text_are_refused() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "jaxserve", "generate"],
+        input=b"ok \xff",
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+    )
+    assert ran.returncode == 2
+    assert b"not utf-8 at byte 3 (0xff)" in ran.stderr
 
 
 def test_sampling_options_reach_the_sampler(run: Run) -> None:
@@ -194,7 +220,8 @@ def test_sampling_options_reach_the_sampler(run: Run) -> None:
         (("generate", "x", "--bogus"), 2, "No such option"),
         (("generate", "x", "--max-tokens", "9999"), 2, "context of 2048"),
         (("generate", "x", "--model", "nowhere"), 1, "'nowhere' is not a model"),
-        (("generate", "x", "--dtype", "int3"), 1, "dtype='int3'"),
+        (("generate", "x", "--dtype", "int3"), 2, "dtype='int3'"),
+        (("generate", "x", "--logprobs", "2"), 2, "--logprobs 2 is shown only with --json"),
         (("frobnicate",), 2, "No such command"),
     ],
 )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax import Array
 
+from jaxserve.errors import UsageError
 from jaxserve.layers.decoder import Params
 from jaxserve.serving.generation import (
     Generated,
@@ -170,3 +171,11 @@ def test_an_equal_program_is_not_traced_again(program: Program, params: Params) 
     again = replace(program, kernels=replace(kernels), model=replace(program.model))
     compiled_logits(again, params, tokens)
     assert len(traces) == once > 0
+
+
+def test_a_cache_that_is_too_short_is_refused(program: Program, params: Params) -> None:
+    prompts, state = padded(PROMPTS[:1]), sampling([0], [()])
+    with pytest.raises(UsageError, match="slots=12 cannot hold prompts of 8 tokens and max_tok"):
+        generate(program, params, prompts, state, 12, 5)
+    with pytest.raises(UsageError, match="slots=7 cannot hold prompts of 8 tokens"):
+        start(program, params, prompts, state, 7)

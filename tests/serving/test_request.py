@@ -15,7 +15,7 @@ LIMITS = {
     "top_k": ("0 (off) or a whole number >= 1", [0, 1, None], [-1, 1.5]),
     "top_p": ("above 0, at most 1", [1e-9, 1, None], [0, 1.01, float("nan")]),
     "min_p": ("from 0 to 1", [0, 1, None], [-0.1, 1.1]),
-    "repetition_penalty": ("above 0 and finite", [0.1, 3, None], [0, -1, float("inf")]),
+    "repetition_penalty": ("from 1e-6 to 1e6", [0.1, 3, None], [0, -1, 1e-7, float("inf")]),
     "presence_penalty": ("from -2 to 2", [-2, 2], [-2.1, 2.1, None]),
     "frequency_penalty": ("from -2 to 2", [-2, 2], [-2.1, 2.1, None]),
     "seed": ("an int64", [-(2**63), 2**63 - 1, None], [-(2**63) - 1, 2**63, 1.0]),

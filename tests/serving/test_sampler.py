@@ -235,9 +235,11 @@ def test_every_bit_of_a_seed_counts() -> None:
 
 
 def test_the_completions_of_one_prompt_differ() -> None:
-    rows = [SamplingParams(seed=3)] * 4
-    drawn = batch(rows, 1000, indices=range(4)).draw(np.zeros((4, 1000)))
-    assert len(set(drawn.tokens.tolist())) == 4
+    # Not even shifted: the second draws at position 8 what no other draws at 9, 7 or 6.
+    rows = [SamplingParams(seed=3)] * 8
+    indices, positions = [0, 1, 2, 3, 1, 2, 3, 0], [9, 9, 9, 9, 8, 7, 6, 8]
+    drawn = batch(rows, 100_000, indices=indices, positions=positions)
+    assert len(set(drawn.draw(np.zeros((8, 100_000))).tokens.tolist())) == 8
 
 
 MIXED = [
@@ -321,8 +323,10 @@ def test_no_stop_token_is_drawn_before_the_minimum() -> None:
     stops = [(2, 3), (2,), ()]
     fields = [{"min_tokens": 2}, {}, {"min_tokens": 2}]
     rows = batch([SamplingParams(temperature=0, **f) for f in fields], 4, stops=stops)
-    drawn = [rows.draw([[0, 1, 3, 2]] * 3) for _ in range(3)]
-    assert [d.tokens.tolist() for d in drawn] == [[1, 2, 2], [1, 2, 2], [2, 2, 2]]
+    # The last row has no stop token; the likeliest of its tokens is the last of all.
+    logits = [[0, 1, 3, 2], [0, 1, 3, 2], [0, 1, 2, 3]]
+    drawn = [rows.draw(logits) for _ in range(3)]
+    assert [d.tokens.tolist() for d in drawn] == [[1, 2, 3], [1, 2, 3], [2, 2, 3]]
     assert [d.stopped.tolist() for d in drawn] == [
         [False, True, False],
         [False, True, False],
