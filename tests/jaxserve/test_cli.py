@@ -49,9 +49,10 @@ Run = Callable[..., Ran]
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Returns a function that runs the command line in this process."""
 
-    def call(*arguments: str, stdin: str = "") -> Ran:
+    def call(*arguments: str, stdin: str | io.StringIO = "") -> Ran:
         monkeypatch.setattr(sys, "argv", ["jaxserve", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        source = io.StringIO(stdin) if isinstance(stdin, str) else stdin
+        monkeypatch.setattr(sys, "stdin", source)
         capsys.readouterr()
         code = 0
         try:
@@ -215,7 +216,6 @@ def test_sampling_options_reach_the_sampler(run: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("generate",), 2, "no prompt"),
         (("generate", "x", "--temperature", "3"), 2, "temperature=3.0 is out of range"),
         (("generate", "x", "--bogus"), 2, "No such option"),
         (("generate", "x", "--max-tokens", "9999"), 2, "context of 2048"),
@@ -226,17 +226,27 @@ def test_sampling_options_reach_the_sampler(run: Run) -> None:
     ],
 )
 def test_errors_are_one_message_without_traceback(
-    arguments: tuple[str, ...], code: int, message: str, run: Run, monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[str, ...], code: int, message: str, run: Run
 ) -> None:
     ran = run(*arguments)
-    if arguments == ("generate",):
-        # Standard input that is no terminal and empty is an empty prompt; a terminal is none.
-        monkeypatch.setattr(io.StringIO, "isatty", lambda self: True)
-        ran = run(*arguments)
     assert ran.code == code
     assert message in ran.err
     assert "Traceback" not in ran.err
     assert ran.out == ""
+
+
+class Terminal(io.StringIO):
+    """Standard input at which somebody sits."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_prompt_is_asked_for_at_a_terminal_and_may_not_be_empty(run: Run) -> None:
+    for stdin, message in ((Terminal(), "no prompt"), (io.StringIO(), "the prompt is empty")):
+        ran = run("generate", "--quiet", stdin=stdin)
+        assert ran.code == 2
+        assert message in ran.err
 
 
 def test_help_and_version_import_no_jax() -> None:
