@@ -219,7 +219,7 @@ class LLM:
                 "logits takes token ids as integers, in a list or in lists of one length, at "
                 f"least one; not {token_ids!r:.80}"
             )
-        self._check_ids(tokens.ravel().tolist())
+        self._check_ids([int(token) for token in tokens.ravel()])
         rows = tokens.reshape(-1, tokens.shape[-1]).astype(np.int32)
         out = self._logits(self.steps.program, self.params, rows)
         return out.reshape(*tokens.shape, -1)
