@@ -65,7 +65,7 @@ class CompletionBuilder:
 
     def _matched(self, text: str) -> str:
         """Returns what may be shown of `text`; a stop string found in it ends the row."""
-        if self._num_drawn < (self._row.params.min_tokens or 0):
+        if self._num_drawn <= (self._row.params.min_tokens or 0):
             return text
         shown, stop = self._matcher.push(text)
         if stop is not None:

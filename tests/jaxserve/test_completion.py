@@ -102,8 +102,10 @@ def test_a_stop_string_completed_by_the_last_token_counts(letters: Tokenizer) ->
 def test_no_stop_string_counts_before_the_minimum(letters: Tokenizer) -> None:
     ids = single_characters(letters, "a.b.c.d")
     assert Run(letters, ids, stop=".").text == "a"
-    assert Run(letters, ids, stop=".", min_tokens=2).text == "a"
-    assert Run(letters, ids, stop=".", min_tokens=3).text == "a.b"
+    assert Run(letters, ids, stop=".", min_tokens=1).text == "a"
+    assert Run(letters, ids, stop=".", min_tokens=2).text == "a.b"
+    # Nor one that begins before it and ends after.
+    assert Run(letters, ids, stop=["b.", "c."], min_tokens=3).text == "a.b."
     whole = Run(letters, ids, stop=".", min_tokens=7)
     assert whole.text == "a.b.c.d"
     assert whole.builder.completion().finish_reason == "length"
