@@ -37,3 +37,11 @@ class TokenizerError(JaxserveError):
 
 class ContextLengthError(UsageError):
     """Prompt and requested tokens do not fit the model's context."""
+
+
+class QueueFullError(JaxserveError):
+    """The queue holds as many requests or tokens as it may; the request can be sent again."""
+
+
+class CapacityError(UsageError):
+    """A request needs more memory than there is, however long it waits."""

@@ -3,7 +3,8 @@
     params = SamplingParams(temperature=0.7, top_p=0.9, seed=1, max_tokens=64)
 
 A `SamplingParams` is valid by construction; what is left `None` is decided later, by the
-model's `generation_config.json` and then by neutral values (`resolved`).
+model's `generation_config.json` and then by neutral values (`resolved`). A `Request` is a prompt
+in tokens with everything decided; `TokenEvent`s answer it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import msgspec
 
 from jaxserve.errors import UsageError
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 GREEDY_BELOW = 1e-5
 """A temperature below this is greedy."""
@@ -25,6 +26,11 @@ MAX_N = 128
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 100.0
+MAX_BIASED_TOKENS = 1024
+MAX_STOP_TOKENS = 64
+MAX_ALLOWED_TOKENS = 1024
+MAX_BAD_WORDS = 32
+MAX_BAD_WORD_TOKENS = 8
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -40,19 +46,22 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             negative ones; [1e-6, 1e6].
         presence_penalty: subtracted once from logits of tokens in the output; [-2, 2].
         frequency_penalty: subtracted per occurrence in the output; [-2, 2].
-        logit_bias: token id -> added to its logit, clamped to +-100.
+        logit_bias: token id -> added to its logit, clamped to +-100; up to 1024 tokens.
+        allowed_token_ids: no other token is taken, up to 1024; empty allows all.
+        bad_words: strings that never appear in the output, up to 32.
         seed: int64; None draws one, which is returned with the completion.
         max_tokens: longest completion; None takes the model's default, and without one whatever the
             caller has for it (`LLM` takes 128).
         min_tokens: no end-of-sequence and no stop token before this many tokens.
         stop: strings that end the completion, up to 16; they may span tokens, and lie wholly after
             the first `min_tokens` tokens.
-        stop_token_ids: token ids that end the completion besides the model's own.
+        stop_token_ids: token ids that end the completion besides the model's own, up to 64.
         ignore_eos: the model's end-of-sequence tokens do not end the completion.
         include_stop_str_in_output: the matched stop string stays in the text.
         skip_special_tokens: special tokens leave no text.
         logprobs: number of likeliest tokens whose log-probabilities are returned beside the
             chosen one's, 0 to 20; None returns none.
+        prompt_logprobs: the same for the tokens of the prompt.
     """
 
     n: int = 1
@@ -64,6 +73,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = {}
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
     seed: int | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
@@ -73,6 +84,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for name, allowed, holds in _RANGES:
@@ -85,8 +97,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 raise UsageError(
                     f"{name}={getattr(self, name)!r} is not a switch; use True or False"
                 )
-        msgspec.structs.force_setattr(self, "stop", _stops(self.stop))
-        msgspec.structs.force_setattr(self, "stop_token_ids", _token_ids(self.stop_token_ids))
+        msgspec.structs.force_setattr(self, "stop", _strings("stop", self.stop, MAX_STOPS))
+        bad_words = _strings("bad_words", self.bad_words, MAX_BAD_WORDS)
+        msgspec.structs.force_setattr(self, "bad_words", bad_words)
+        for name, most in (
+            ("stop_token_ids", MAX_STOP_TOKENS),
+            ("allowed_token_ids", MAX_ALLOWED_TOKENS),
+        ):
+            ids = _token_ids(name, getattr(self, name), most)
+            msgspec.structs.force_setattr(self, name, ids)
         msgspec.structs.force_setattr(self, "logit_bias", _clamped(self.logit_bias))
         if self.n > 1 and self.temperature is not None and self.greedy:
             raise UsageError(
@@ -143,11 +162,73 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return msgspec.structs.replace(self, **chosen)
 
 
+class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A prompt in tokens, with everything decided that generation needs.
+
+    Attributes:
+        id: name, unique among the open requests.
+        prompt: token ids, at least one.
+        params: resolved, with seed and max_tokens.
+        stop_ids: tokens that end a completion: the model's own and those of the parameters.
+        bad_word_ids: token sequences that are never completed, up to 32 of 1 to 8 tokens.
+        priority: lower goes first.
+        client: whose share of the machine this takes, under fair queueing.
+        salt: prompts share cached pages only with those of the same salt.
+        beam_width: above 1 the request is a beam search of this many beams.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    stop_ids: tuple[int, ...] = ()
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
+    priority: int = 0
+    client: str = ""
+    salt: str = ""
+    beam_width: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise UsageError("prompt has no tokens; it must have at least 1")
+        if set(map(type, self.prompt)) != {int} or min(self.prompt) < 0:
+            raise UsageError("prompt must hold token ids (integers >= 0)")
+        for name in ("seed", "max_tokens"):
+            if getattr(self.params, name) is None:
+                raise UsageError(f"{name}=None is undecided; a request needs {name} in its params")
+        if len(self.bad_word_ids) > MAX_BAD_WORDS:
+            raise UsageError(
+                f"bad_word_ids has {len(self.bad_word_ids)} entries; "
+                f"at most {MAX_BAD_WORDS} are allowed"
+            )
+        for word in self.bad_word_ids:
+            if not 1 <= len(word) <= MAX_BAD_WORD_TOKENS:
+                raise UsageError(
+                    f"a bad word has {len(word)} tokens; it must have 1 to {MAX_BAD_WORD_TOKENS}"
+                )
+        if not 1 <= self.beam_width <= MAX_N:
+            raise UsageError(
+                f"beam_width={self.beam_width} is out of range; "
+                f"it must be a whole number from 1 to {MAX_N}"
+            )
+        if self.beam_width > 1 and self.params.n > 1:
+            raise UsageError(
+                f"beam_width={self.beam_width} with n={self.params.n}: a beam search is one "
+                "sample; use n=1"
+            )
+
+
 class Usage(msgspec.Struct, frozen=True):
-    """Tokens that a request cost."""
+    """Tokens that a request cost.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt, the cached ones included.
+        completion_tokens: tokens that were generated.
+        cached_tokens: tokens of the prompt that the prefix cache held.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -167,6 +248,32 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+class TokenEvent(msgspec.Struct, frozen=True):
+    """New tokens of one completion, or its end, or both.
+
+    Attributes:
+        request_id: of the request.
+        sample_index: which of its `n` completions.
+        token_ids: new tokens, in order.
+        finish_reason: set on the last event of a completion.
+        logprobs: one entry per token id, where asked for.
+        cached_tokens: tokens of the prompt that the prefix cache held.
+        error: why it failed, where the finish reason is "error".
+        stop_token: the last token id is a stop token, which ended the completion.
+        prompt_logprobs: on the first event, one entry per token of the prompt, the first None.
+    """
+
+    request_id: str
+    sample_index: int
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    cached_tokens: int = 0
+    error: str | None = None
+    stop_token: bool = False
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
@@ -197,20 +304,22 @@ def _is_token(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _stops(value: object) -> tuple[str, ...]:
-    """Returns stop strings as a tuple, a single one too."""
-    stops = [value] if isinstance(value, str) else _items("stop", value)
-    if len(stops) > MAX_STOPS:
-        raise UsageError(f"stop has {len(stops)} strings; at most {MAX_STOPS} are allowed")
-    if any(not isinstance(s, str) or not s for s in stops):
-        raise UsageError(f"stop={value!r} must hold strings of at least one character")
-    return tuple(cast("list[str]", stops))
+def _strings(name: str, value: object, most: int) -> tuple[str, ...]:
+    """Returns strings as a tuple, a single one too."""
+    strings = [value] if isinstance(value, str) else _items(name, value)
+    if len(strings) > most:
+        raise UsageError(f"{name} has {len(strings)} strings; at most {most} are allowed")
+    if any(not isinstance(s, str) or not s for s in strings):
+        raise UsageError(f"{name}={value!r} must hold strings of at least one character")
+    return tuple(cast("list[str]", strings))
 
 
-def _token_ids(value: object) -> tuple[int, ...]:
-    ids = _items("stop_token_ids", value)
+def _token_ids(name: str, value: object, most: int) -> tuple[int, ...]:
+    ids = _items(name, value)
+    if len(ids) > most:
+        raise UsageError(f"{name} has {len(ids)} token ids; at most {most} are allowed")
     if not all(map(_is_token, ids)):
-        raise UsageError(f"stop_token_ids={value!r} must hold token ids (integers >= 0)")
+        raise UsageError(f"{name}={value!r} must hold token ids (integers >= 0)")
     return tuple(cast("list[int]", ids))
 
 
@@ -225,6 +334,10 @@ def _clamped(value: object) -> dict[int, float]:
     if not isinstance(value, dict):
         raise UsageError(f"logit_bias={value!r} must map token ids to numbers")
     bias = cast("dict[int, float]", value)
+    if len(bias) > MAX_BIASED_TOKENS:
+        raise UsageError(
+            f"logit_bias has {len(bias)} token ids; at most {MAX_BIASED_TOKENS} are allowed"
+        )
     for token, number in bias.items():
         if not (_is_token(token) and _is_number(number) and not math.isnan(number)):
             raise UsageError(
@@ -250,10 +363,13 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("seed", "an int64", lambda v: isinstance(v, int) and -(2**63) <= v < 2**63),
     ("max_tokens", "a whole number >= 1", lambda v: isinstance(v, int) and v >= 1),
     ("min_tokens", "a whole number >= 0", lambda v: isinstance(v, int) and v >= 0),
-    (
-        "logprobs",
-        f"a whole number from 0 to {MAX_LOGPROBS}",
-        lambda v: isinstance(v, int) and 0 <= v <= MAX_LOGPROBS,
+    *(
+        (
+            name,
+            f"a whole number from 0 to {MAX_LOGPROBS}",
+            lambda v: isinstance(v, int) and 0 <= v <= MAX_LOGPROBS,
+        )
+        for name in ("logprobs", "prompt_logprobs")
     ),
 )
 """(field, range in words, check) of the numeric sampling parameters."""
