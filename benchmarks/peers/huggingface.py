@@ -16,7 +16,7 @@ import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from benchmarks.peers.protocol import Sample, serve
+from benchmarks.peers.protocol import Sample, TraceTask, serve
 
 
 class StepClock(BaseStreamer):
@@ -65,6 +65,35 @@ class HuggingFace:
         return Sample(times[-1] - times[1], len(prompts) * tokens, ids)
 
     @torch.inference_mode()
+    def trace(self, task: TraceTask) -> Sample:
+        """Times static batches: requests as they come, padded on the left, to the longest's end."""
+        size = task.batch or len(task.prompts)
+        first: list[int] = []
+        start = time.perf_counter()
+        for at in range(0, len(task.prompts), size):
+            prompts = task.prompts[at : at + size]
+            longest = max(task.outputs[at : at + size])
+            width = max(map(len, prompts))
+            ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+            out = self.model.generate(
+                ids, attention_mask=mask, generation_config=self._config(longest)
+            )
+            first = first or out[0, width:].tolist()
+        seconds = time.perf_counter() - start
+        return Sample(seconds, sum(task.outputs), first[: task.outputs[0]])
+
+    def _config(self, count: int) -> GenerationConfig:
+        """Returns greedy generation of exactly `count` tokens."""
+        return GenerationConfig(
+            do_sample=False,
+            max_new_tokens=count,
+            eos_token_id=None,
+            pad_token_id=0,
+            cache_implementation=self.cache_implementation,
+        )
+
+    @torch.inference_mode()
     def _generate(self, prompts: list[list[int]], count: int) -> tuple[list[int], list[float]]:
         """Returns the first row's `count` new ids and the time of each step."""
         ids = torch.tensor(prompts)
@@ -72,13 +101,7 @@ class HuggingFace:
         out = self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=count,
-                eos_token_id=None,
-                pad_token_id=0,
-                cache_implementation=self.cache_implementation,
-            ),
+            generation_config=self._config(count),
             streamer=clock,
         )
         return out[0, ids.shape[1] :].tolist(), clock.times

@@ -12,7 +12,12 @@ with one JSON line:
     {"op": "decode", "batch": 8, "prompt": 128, "tokens": 64}
     {"seconds": 3.1, "tokens": 512, "output": [917, 40, 12, ...]}
 
-`prefill` and `decode` take an optional `"seed"` (0) that chooses the prompts. A command that fails
+    {"op": "trace", "prompts": [[5, 9], [7]], "outputs": [30, 4], "batch": 8}
+    {"seconds": 2.4, "tokens": 34, "output": [917, 40, 12, ...]}
+
+`prefill` and `decode` take an optional `"seed"` (0) that chooses the prompts. `trace` hands over
+all its requests at once, each with the number of tokens that it is to generate; an engine that
+forms batches before it starts takes `"batch"` requests into each. A command that fails
 answers `{"error": "..."}` and the worker lives on; end of input ends it. Standard output carries
 nothing but these answers: whatever the engine prints itself goes to standard error.
 """
@@ -26,7 +31,7 @@ import random
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO, cast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +39,31 @@ class Sample:
     """One timed call.
 
     seconds: wall time.
-    tokens: prompt tokens read (prefill), or tokens generated after the first of each sequence
-        (decode), all sequences together; `tokens / seconds` is the throughput.
+    tokens: prompt tokens read (prefill), tokens generated after the first of each sequence (decode)
+        or tokens generated that were asked for (trace), all sequences together;
+        `tokens / seconds` is the throughput.
     output: ids generated for the first sequence, its first token included, to compare engines.
+    extra: further figures of the engine's own.
     """
 
     seconds: float
     tokens: int
     output: list[int]
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceTask:
+    """Requests that are all there at the start.
+
+    prompts: ids of each.
+    outputs: tokens each is to get.
+    batch: requests of one static batch; engines that batch anew at every step have no use for it.
+    """
+
+    prompts: list[list[int]]
+    outputs: list[int]
+    batch: int | None = None
 
 
 class Engine(Protocol):
@@ -58,6 +80,16 @@ class Engine(Protocol):
 
     def decode(self, prompts: list[list[int]], tokens: int) -> Sample:
         """Times `tokens` greedy tokens for each prompt, those after its first, prefill excluded.
+
+        End-of-text does not end a sequence.
+        """
+
+
+class TraceEngine(Engine, Protocol):
+    """What a peer implements that also answers `trace`."""
+
+    def trace(self, task: TraceTask) -> Sample:
+        """Times all requests of a trace, greedy, from handing them over to the last token.
 
         End-of-text does not end a sequence.
         """
@@ -101,6 +133,9 @@ def _answer(engine: Engine, command: dict[str, Any], vocab: int) -> dict[str, An
         case {"op": "decode", "batch": batch, "prompt": prompt, "tokens": tokens}:
             prompts = random_prompts(batch, prompt, vocab, command.get("seed", 0))
             return dataclasses.asdict(engine.decode(prompts, tokens))
+        case {"op": "trace", "prompts": prompts, "outputs": outputs}:
+            task = TraceTask(prompts, outputs, command.get("batch"))
+            return dataclasses.asdict(cast(TraceEngine, engine).trace(task))
     raise ValueError(f"{command!r} is no command; see the examples at the top of protocol.py")
 
 

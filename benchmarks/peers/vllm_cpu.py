@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.peers.protocol import Sample, serve
+from benchmarks.peers.protocol import Sample, TraceTask, serve
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -76,6 +76,24 @@ class Vllm:
         first = next(i for i, (_, counts) in enumerate(steps) if min(counts) > 0)
         seconds = steps[-1][0] - steps[first][0]
         return Sample(seconds, sum(steps[-1][1]) - sum(steps[first][1]), rows[0])
+
+    def trace(self, task: TraceTask) -> Sample:
+        """Times one call of `LLM.generate` with all requests."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in task.prompts]
+        params = [
+            SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
+            for count in task.outputs
+        ]
+        start = time.perf_counter()
+        done = self.llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        rows = [list(request.outputs[0].token_ids) for request in done]
+        if [len(row) for row in rows] != task.outputs:
+            raise RuntimeError("vLLM generated other numbers of tokens than it was asked for")
+        return Sample(seconds, sum(map(len, rows)), rows[0])
 
     def _generate(
         self, prompts: list[list[int]], count: int
