@@ -1,0 +1,204 @@
+"""Beam search: against every possible continuation, against Hugging Face, and in the engine."""
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import product
+from typing import Any
+
+import pytest
+
+from jaxserve.serving.beam import Beam, BeamRules, BeamSearch, Candidate, Hypothesis, choose
+
+Tokens = tuple[int, ...]
+Model = Callable[[Tokens], tuple[Candidate, ...]]
+
+
+def model(seed: int, vocab_size: int, sharpness: float = 1.0) -> Model:
+    """Returns a function: tokens so far -> every token with its log-probability."""
+
+    @cache
+    def after(tokens: Tokens) -> tuple[Candidate, ...]:
+        rng = random.Random(f"{seed} {tokens}")
+        logits = [rng.gauss(0, sharpness) for _ in range(vocab_size)]
+        norm = math.log(sum(math.exp(x) for x in logits))
+        return tuple((token, x - norm) for token, x in enumerate(logits))
+
+    return after
+
+
+def run(rules: BeamRules, after: Model) -> list[Hypothesis]:
+    """Returns the hypotheses of a search that sees only the candidates it asks for."""
+    search = BeamSearch(rules)
+    while not search.done:
+        likeliest = [sorted(after(beam.tokens), key=lambda c: -c[1]) for beam in search.beams]
+        search.step([candidates[: rules.num_candidates] for candidates in likeliest])
+    return search.finished
+
+
+def every_ending(rules: BeamRules, after: Model, vocab_size: int) -> Iterator[tuple[float, Tokens]]:
+    """Yields (score, tokens) of everything that can be said."""
+    for length in range(1, rules.max_tokens + 1):
+        for tokens in product(range(vocab_size), repeat=length):
+            stopped = tokens[-1] in rules.stop_ids and length > rules.min_tokens
+            early = any(token in rules.stop_ids for token in tokens[:-1])
+            banned = tokens[-1] in rules.stop_ids and length <= rules.min_tokens
+            if not early and not banned and (stopped or length == rules.max_tokens):
+                total = sum(dict(after(tokens[:at]))[token] for at, token in enumerate(tokens))
+                yield total / length**rules.length_penalty, tokens
+
+
+@pytest.mark.parametrize("length_penalty", [1.0, 0.0, 2.0, -0.5])
+@pytest.mark.parametrize("min_tokens", [0, 2])
+def test_a_search_wider_than_the_tree_finds_the_best_of_all(
+    length_penalty: float, min_tokens: int
+) -> None:
+    rules = BeamRules(
+        width=81,
+        max_tokens=4,
+        min_tokens=min_tokens,
+        stop_ids=frozenset({0}),
+        length_penalty=length_penalty,
+    )
+    after = model(3, vocab_size=3)
+    found = run(rules, after)
+    wanted = sorted(every_ending(rules, after, 3), reverse=True)
+    assert [h.beam.tokens for h in found] == [tokens for _, tokens in wanted]
+    assert [h.score for h in found] == pytest.approx([score for score, _ in wanted])
+    assert [h.stopped for h in found] == [tokens[-1] == 0 for _, tokens in wanted]
+
+
+def test_a_narrow_search_misses_what_begins_badly() -> None:
+    # 1 begins better than 2, but all that follows it is unlikely.
+    table: dict[Tokens, tuple[Candidate, ...]] = {
+        (): ((1, math.log(0.6)), (2, math.log(0.4)), (0, math.log(1e-9))),
+        (1,): ((1, math.log(0.4)), (2, math.log(0.35)), (0, math.log(0.25))),
+        (2,): ((0, math.log(0.9)), (1, math.log(0.06)), (2, math.log(0.04))),
+    }
+    rules = BeamRules(width=1, max_tokens=2, stop_ids=frozenset({0}))
+    assert run(rules, table.__getitem__)[0].beam.tokens == (1, 1)
+    wide = BeamRules(width=2, max_tokens=2, stop_ids=frozenset({0}))
+    best = run(wide, table.__getitem__)[0]
+    assert best.beam.tokens == (2, 0)
+    assert best.score == pytest.approx(math.log(0.36) / 2)
+    assert best.stopped
+
+
+def test_a_stop_token_that_is_not_among_the_first_ends_nothing() -> None:
+    rules = BeamRules(width=2, max_tokens=9, stop_ids=frozenset({0}))
+    candidates = [(1, -1.0), (2, -1.5), (0, -2.0), (3, -3.0)]
+    choice = choose(rules, [Beam()], [candidates], [])
+    assert [beam.tokens for _, beam in choice.beams] == [(1,), (2,)]
+    assert choice.finished == []
+
+
+def test_a_full_list_that_no_beam_can_beat_ends_the_search() -> None:
+    rules = BeamRules(width=2, max_tokens=9, stop_ids=frozenset({0}))
+    beams = [Beam((1,), (-1.0,), -1.0), Beam((2,), (-1.1,), -1.1)]
+    finished = [Hypothesis(Beam((0,), (-0.5,), -0.5), -0.5, True)]
+    # The second hypothesis scores (-1.0 - 0.2) / 2 = -0.6; the best beam lives on at -2.1 / 2.
+    over = [[(0, -0.2), (3, -2.0)], [(3, -1.0), (4, -9.0)]]
+    assert choose(rules, beams, over, finished).done
+    # With the best beam at -1.15 / 2 it may still overtake.
+    open_end = [[(0, -0.2), (3, -0.15)], [(3, -1.0), (4, -9.0)]]
+    choice = choose(rules, beams, open_end, finished)
+    assert not choice.done
+    assert [(parent, beam.tokens) for parent, beam in choice.beams] == [(0, (1, 3)), (1, (2, 3))]
+
+
+def test_enough_candidates_are_asked_for_when_many_tokens_stop() -> None:
+    assert BeamRules(width=2, max_tokens=1, stop_ids=frozenset(range(5))).num_candidates == 7
+    assert BeamRules(width=4, max_tokens=1, stop_ids=frozenset({0})).num_candidates == 8
+
+
+def test_a_vocabulary_of_stop_tokens_ends_the_search_at_once() -> None:
+    rules = BeamRules(width=3, max_tokens=9, stop_ids=frozenset({0, 1}))
+    search = BeamSearch(rules)
+    assert search.step([[(0, -0.1), (1, -2.4)]]) == []
+    assert search.done
+    assert [h.beam.tokens for h in search.finished] == [(0,), (1,)]
+
+
+@pytest.fixture(scope="module")
+def hugging_face() -> Any:
+    """Returns Hugging Face's beam search over one of our models."""
+    torch = pytest.importorskip("torch", reason="torch, the reference's framework, is missing")
+    from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+    from transformers.modeling_outputs import CausalLMOutput
+
+    class Config(PretrainedConfig):
+        model_type = "table"
+
+    class Table(PreTrainedModel, GenerationMixin):
+        config_class = Config
+
+        def __init__(self, config: Config, after: Model) -> None:
+            super().__init__(config)
+            self.after = after
+            self.unused = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, input_ids: Any, **unused: Any) -> Any:
+            rows = [
+                [logprob for _, logprob in self.after(tuple(r[1:]))] for r in input_ids.tolist()
+            ]
+            return CausalLMOutput(logits=torch.tensor(rows)[:, None])
+
+        def prepare_inputs_for_generation(
+            self, input_ids: Any, attention_mask: Any = None, **unused: Any
+        ) -> Any:
+            return {"input_ids": input_ids}
+
+    def search(rules: BeamRules, after: Model, vocab_size: int) -> list[tuple[Tokens, float]]:
+        stops = sorted(rules.stop_ids)
+        config = GenerationConfig(
+            num_beams=rules.width,
+            num_return_sequences=rules.width,
+            max_new_tokens=rules.max_tokens,
+            min_new_tokens=rules.min_tokens or None,
+            length_penalty=rules.length_penalty,
+            eos_token_id=stops,
+            pad_token_id=stops[0],
+            early_stopping=False,
+            use_cache=False,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        found = Table(Config(vocab_size=vocab_size), after).generate(
+            torch.tensor([[1]]), generation_config=config, attention_mask=torch.ones(1, 1)
+        )
+        return [
+            (_to_first_stop(tokens[1:], rules.stop_ids), score)
+            for tokens, score in zip(
+                found.sequences.tolist(), found.sequences_scores.tolist(), strict=True
+            )
+        ]
+
+    return search
+
+
+def _to_first_stop(tokens: list[int], stop_ids: frozenset[int]) -> Tokens:
+    for at, token in enumerate(tokens):
+        if token in stop_ids:
+            return tuple(tokens[: at + 1])
+    return tuple(tokens)
+
+
+@pytest.mark.filterwarnings("ignore")  # other people's warnings
+@pytest.mark.parametrize("seed", range(12))
+def test_hypotheses_are_those_of_hugging_face(seed: int, hugging_face: Any) -> None:
+    rng = random.Random(seed)
+    vocab_size = rng.choice([20, 30])
+    max_tokens = rng.randint(1, 9)
+    rules = BeamRules(
+        width=rng.choice([2, 3, 5]),
+        max_tokens=max_tokens,
+        min_tokens=min(max_tokens, rng.choice([0, 0, 3])),
+        stop_ids=frozenset(rng.sample(range(vocab_size), rng.choice([1, 1, 3]))),
+        length_penalty=rng.choice([1.0, 0.0, 2.0, -1.0]),
+    )
+    after = model(seed, vocab_size, sharpness=rng.choice([0.3, 1.0, 2.0]))
+    wanted = hugging_face(rules, after, vocab_size)
+    found = run(rules, after)
+    assert [h.beam.tokens for h in found] == [tokens for tokens, _ in wanted]
+    assert [h.score for h in found] == pytest.approx([score for _, score in wanted], abs=1e-4)
