@@ -1,0 +1,195 @@
+"""The result of a throughput run, as plain data and as a table.
+
+result = Result(spec, slo, records, samples, engine)
+json.dumps(result.fields())
+print(table(result.fields()))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from jaxserve.benchmark.metrics import KvSample, KvWaste, Latencies, Record, Slo, Spread, Throughput
+from jaxserve.benchmark.trace import TraceSpec
+
+LATENCIES = ("ttft", "tpot", "itl", "e2e")
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of the engine's steps; see `serving.metrics.EngineMetrics`.
+
+    Attributes:
+        steps: how many.
+        host_s, device_s: sums of the loop's own work and of the device's time, which overlap.
+        wait_s: of the loop's time, how much it waited for the device.
+        host_p50_s, host_p99_s, device_p50_s, device_p99_s: of one step.
+        host_gap_p50_s, host_gap_p99_s: how long the device had nothing to do before a step.
+    """
+
+    steps: int
+    host_s: float
+    device_s: float
+    wait_s: float
+    host_p50_s: float
+    host_p99_s: float
+    device_p50_s: float
+    device_p99_s: float
+    host_gap_p50_s: float
+    host_gap_p99_s: float
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What the engine counted during a run.
+
+    Attributes:
+        settings: what the run was made with.
+        times: of the steps.
+        compiles_after_ready: programs compiled after warming up; each was a pause.
+        preemptions: sequences that lost their pages and were read in again.
+        prefix_queries, prefix_hits: prompt tokens looked up in the prefix cache, and found.
+    """
+
+    settings: dict[str, Any]
+    times: StepTimes
+    compiles_after_ready: int
+    preemptions: int
+    prefix_queries: int
+    prefix_hits: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    spec: TraceSpec
+    slo: Slo
+    records: Sequence[Record]
+    samples: Sequence[KvSample]
+    engine: EngineFacts
+
+    @property
+    def failures(self) -> list[str]:
+        """Returns the causes of the requests that failed."""
+        return [record.error for record in self.records if record.error is not None]
+
+    def fields(self) -> dict[str, Any]:
+        """Returns the result as JSON shows it; times are in seconds."""
+        rates = Throughput.of(self.records, self.slo)
+        waste = KvWaste.of(self.samples)
+        engine = self.engine
+        asked = engine.prefix_queries
+        return {
+            "benchmark": "throughput",
+            **engine.settings,
+            "trace": {
+                "lengths": "log-normal, ShareGPT",
+                **{k: getattr(self.spec, k) for k in ("requests", "seed", "scale", "rate")},
+                "prompt_tokens": _sizes([record.prompt_tokens for record in self.records]),
+                "output_tokens": _sizes([record.output_tokens for record in self.records]),
+            },
+            "failed_requests": len(self.failures),
+            "duration_s": _number(rates.duration_s),
+            "requests_per_s": _number(rates.requests_per_s),
+            "output_tokens_per_s": _number(rates.output_tokens_per_s),
+            "total_tokens_per_s": _number(rates.total_tokens_per_s),
+            **self._latencies(),
+            "goodput": {
+                "slo_ttft_s": self.slo.ttft_s,
+                "slo_tpot_s": self.slo.tpot_s,
+                "requests_per_s": _number(rates.good_requests_per_s),
+                "fraction": _number(rates.good_fraction),
+            },
+            "kv_waste": None if waste is None else _rounded(asdict(waste)),
+            "step": _rounded(asdict(engine.times)),
+            "compiles_after_ready": engine.compiles_after_ready,
+            "preemptions": engine.preemptions,
+            "prefix_hit_rate": _number(engine.prefix_hits / asked) if asked else 0.0,
+        }
+
+    def _latencies(self) -> dict[str, Any]:
+        found = asdict(Latencies.of(self.records))
+        return {f"{name}_s": found[name] and _rounded(found[name]) for name in LATENCIES}
+
+
+def table(fields: dict[str, Any]) -> str:
+    """Returns the result as aligned lines for people."""
+    trace, step, goodput = fields["trace"], fields["step"], fields["goodput"]
+    rate = "all at once" if trace["rate"] is None else f"{trace['rate']:g} a second"
+    lines = [
+        ("model", f"{fields['model']}, {fields['dtype']}, {fields['device']}"),
+        ("requests", f"{trace['requests']}, {rate}, seed {trace['seed']}"),
+        ("prompt", _sizes_line(trace["prompt_tokens"])),
+        ("output", _sizes_line(trace["output_tokens"])),
+        ("", ""),
+        ("duration", f"{fields['duration_s']:.2f} s"),
+        ("requests/s", f"{fields['requests_per_s']:.2f}"),
+        ("output tokens/s", f"{fields['output_tokens_per_s']:.1f}"),
+        ("total tokens/s", f"{fields['total_tokens_per_s']:.1f}"),
+        ("goodput", f"{goodput['requests_per_s']:.2f} requests/s, {_limits(goodput)}"),
+        ("", ""),
+        *[(name.upper(), _spread_line(fields[f"{name}_s"])) for name in LATENCIES],
+        ("", ""),
+        ("KV waste", _waste_line(fields["kv_waste"])),
+        (
+            "step",
+            f"{_ms(step['device_p50_s'])} device, {_ms(step['host_p50_s'])} host at p50; "
+            f"{step['steps']} steps",
+        ),
+        (
+            "host gap",
+            f"{1e6 * step['host_gap_p50_s']:.0f} us p50, {1e6 * step['host_gap_p99_s']:.0f} us p99",
+        ),
+        ("compiles", f"{fields['compiles_after_ready']} after ready"),
+        ("preemptions", str(fields["preemptions"])),
+        ("prefix hits", f"{fields['prefix_hit_rate']:.1%}"),
+    ]
+    if fields["failed_requests"]:
+        lines.append(("failed", f"{fields['failed_requests']} requests"))
+    return "\n".join(f"{name:<16} {value}".rstrip() for name, value in lines)
+
+
+def _sizes(counts: Sequence[int]) -> dict[str, Any]:
+    spread = Spread.of(counts)
+    return {"total": sum(counts)} | ({} if spread is None else _rounded(asdict(spread)))
+
+
+def _sizes_line(sizes: dict[str, Any]) -> str:
+    return f"{sizes['mean']:.0f} tokens mean, {sizes['p50']:.0f} p50, {sizes['p99']:.0f} p99"
+
+
+def _spread_line(spread: dict[str, float] | None) -> str:
+    if spread is None:
+        return "-"
+    return f"{_ms(spread['p50'])} p50, {_ms(spread['p99'])} p99, {_ms(spread['mean'])} mean"
+
+
+def _waste_line(waste: dict[str, float] | None) -> str:
+    if waste is None:
+        return "-"
+    return f"{waste['paged']:.1%} (contiguous reservation: {waste['contiguous']:.1%})"
+
+
+def _limits(goodput: dict[str, Any]) -> str:
+    asked = [
+        f"{name.upper()} <= {goodput[f'slo_{name}_s']:g} s"
+        for name in ("ttft", "tpot")
+        if goodput[f"slo_{name}_s"] is not None
+    ]
+    return f"{goodput['fraction']:.0%} within {', '.join(asked)}" if asked else "no limits set"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f} ms"
+
+
+def _rounded(fields: dict[str, Any]) -> dict[str, Any]:
+    return {k: _number(v) if isinstance(v, float) else v for k, v in fields.items()}
+
+
+def _number(value: float) -> float:
+    """Returns six significant digits: more are noise."""
+    return float(f"{value:.6g}")
