@@ -20,6 +20,16 @@ from jaxserve.errors import UnsupportedError
 BACKENDS = ("xla", "reference")
 """Backends with a complete set of kernels."""
 
+FOLDERS = {
+    "matmul": "matmul",
+    "attention": "attention",
+    "init_pages": "paged_attention",
+    "write_pages": "paged_attention",
+    "copy_pages": "paged_attention",
+    "paged_attention": "paged_attention",
+}
+"""Where each kernel of a set lives."""
+
 
 @dataclass(frozen=True)
 class KernelSet:
@@ -29,11 +39,16 @@ class KernelSet:
         backend: name they were resolved for.
         matmul: see `matmul.reference`.
         attention: see `attention.reference`.
+        init_pages, write_pages, copy_pages, paged_attention: see `paged_attention.reference`.
     """
 
     backend: str
     matmul: Callable[..., Array]
     attention: Callable[..., Array]
+    init_pages: Callable[..., Any]
+    write_pages: Callable[..., Any]
+    copy_pages: Callable[..., Any]
+    paged_attention: Callable[..., Any]
 
 
 def resolve(op: str, backend: str) -> Callable[..., Any]:
@@ -46,9 +61,9 @@ def resolve(op: str, backend: str) -> Callable[..., Any]:
         raise UnsupportedError(
             f"backend={backend!r} has no {op} kernel; use one of {', '.join(BACKENDS)}"
         )
-    return getattr(import_module(f"{__name__}.{op}.{backend}"), op)
+    return getattr(import_module(f"{__name__}.{FOLDERS[op]}.{backend}"), op)
 
 
 def kernel_set(backend: str = "xla") -> KernelSet:
     """Returns the kernels of `backend`."""
-    return KernelSet(backend, resolve("matmul", backend), resolve("attention", backend))
+    return KernelSet(backend, **{op: resolve(op, backend) for op in FOLDERS})

@@ -1,0 +1,362 @@
+"""Attention over pages through XLA: a query's bits depend on its own sequence alone.
+
+Keys are reduced in blocks of KEY_BLOCK at fixed positions, in order, whatever the size of a page,
+the other sequences or the way a prompt was cut. Within a block every contraction runs over the
+last dimension of both operands with two rows or more, which XLA computes row by row in the same
+way for every number of rows; that is why values lie transposed. A row of ones beside the values
+makes the softmax denominator one of these products. A block of which a query sees nothing changes
+nothing: its weights are exact zeros and the factor for what stands is exactly one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxserve.config import AttentionSpec, CacheSpec
+from jaxserve.errors import UnsupportedError
+from jaxserve.pallas_kernels.attention.scores import alibi_bias, capped
+from jaxserve.pallas_kernels.paged_attention.places import (
+    Extra,
+    column,
+    row_of_tokens,
+    write_places,
+)
+
+KEY_BLOCK = 128
+"""Keys reduced at once."""
+
+QUERY_BLOCK = 128
+"""Queries of one sequence taken at once, where it has several."""
+
+MAX_SINGLE = 8
+"""Most queries a sequence may have for each of them to be taken alone."""
+
+_LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+class Pages(NamedTuple):
+    """Keys [P, K, page_size, H] and values [P, K, H + 1, page_size], whose last row is ones."""
+
+    keys: Array
+    values: Array
+
+
+class _Items(NamedTuple):
+    """Runs of queries, each of one sequence.
+
+    Attributes:
+        q, q_sink: [I, K, Q, G, H].
+        q_pos: int32[I, Q], -1 where there is none.
+        table: int32[I, W], page table of the sequence.
+    """
+
+    q: Array
+    q_sink: Array | None
+    q_pos: Array
+    table: Array
+
+
+class _Partial(NamedTuple):
+    """Attention over some blocks: maximum and weighted values with their total.
+
+    Attributes:
+        top: float32[I, K, Q * G, 1].
+        out: float32[I, K, Q * G, H + 1].
+    """
+
+    top: Array
+    out: Array
+
+
+class _Call(NamedTuple):
+    """What does not change over the items of one call."""
+
+    pages: Pages
+    spec: AttentionSpec
+    page_size: int
+    pinned_pages: int
+    sink_tokens: int
+
+    @property
+    def sink_blocks(self) -> int:
+        """Returns the blocks that hold sink keys."""
+        return -(-self.sink_tokens // KEY_BLOCK)
+
+
+def init_pages(num_pages: int, page_size: int, spec: CacheSpec) -> Pages:
+    """Returns empty pages; see `reference.init_pages`.
+
+    Raises:
+        UnsupportedError: pages and blocks of keys do not fit into each other.
+    """
+    if KEY_BLOCK % page_size and page_size % KEY_BLOCK:
+        raise UnsupportedError(
+            f"page_size={page_size} neither divides {KEY_BLOCK} nor is a multiple of it; "
+            "use 16, 32, 64, 128 or 256"
+        )
+    _, heads, head = spec.token_shape
+    keys = jnp.zeros((num_pages, heads, page_size, head), spec.dtype)
+    values = jnp.zeros((num_pages, heads, head + 1, page_size), spec.dtype)
+    return Pages(keys, values.at[:, :, head].set(1))
+
+
+def write_pages(
+    pages: Pages,
+    k: Array,
+    v: Array,
+    page_table: Array,
+    row_of_token: Array,
+    positions: Array,
+    *,
+    page_size: int,
+    pinned_pages: int = 0,
+) -> Pages:
+    """Returns the pages with k and v[T, K, H] at their places; see `reference.write_pages`."""
+    keys, values = pages
+    head = k.shape[-1]
+    page, offset = write_places(
+        page_table, row_of_token, positions, keys.shape[0], page_size, pinned_pages
+    )
+    return Pages(
+        keys.at[page, :, offset].set(k.astype(keys.dtype), mode="drop"),
+        values.at[page, :, :head, offset].set(v.astype(values.dtype), mode="drop"),
+    )
+
+
+def copy_pages(pages: Pages, source: Array, destination: Array) -> Pages:
+    """Returns the pages with pages int32[C] copied, all read before any is written."""
+    return Pages(*(x.at[destination].set(x[source]) for x in pages))
+
+
+def paged_attention(
+    q: Array,
+    pages: Pages,
+    page_table: Array,
+    q_start: Array,
+    kv_len: Array,
+    q_pos: Array,
+    spec: AttentionSpec,
+    *,
+    page_size: int,
+    pinned_pages: int = 0,
+    sink_tokens: int = 0,
+    q_sink: Array | None = None,
+    sink_logits: Array | None = None,
+    mask: Array | None = None,
+    scales: tuple[Array, Array] | None = None,
+    outputs: Sequence[Extra] = (),
+    max_query: int | None = None,
+) -> Array | tuple[Array, ...]:
+    """Returns softmax(scale q k + bias) v as [T, N, H]; see `reference.paged_attention`.
+
+    Raises:
+        UnsupportedError: an option is set that only the reference has.
+    """
+    options = {"sink_logits": sink_logits, "mask": mask, "scales": scales}
+    refused = [name for name, value in options.items() if value is not None]
+    refused += [f"outputs={name}" for name in outputs if name is not Extra.LSE]
+    if refused:
+        raise UnsupportedError(
+            f"backend='xla' has no {', '.join(refused)} in paged_attention; use 'reference'"
+        )
+    call = _Call(pages, spec, page_size, pinned_pages, sink_tokens)
+    q_sink = None if spec.window is None else q_sink
+    if max_query is not None and max_query <= MAX_SINGLE:
+        out, lse = _singles(call, q, q_sink, page_table, q_start, q_pos, max_query)
+    else:
+        out, lse = _mixed(call, q, q_sink, page_table, q_start, q_pos)
+    return (out, *(lse for _ in outputs)) if outputs else out
+
+
+def _singles(
+    call: _Call,
+    q: Array,
+    q_sink: Array | None,
+    page_table: Array,
+    q_start: Array,
+    q_pos: Array,
+    max_query: int,
+) -> tuple[Array, Array]:
+    """Returns (out, lse) with every token an item of its own."""
+    tokens = q.shape[0]
+    if max_query == 1 and tokens == page_table.shape[0]:
+        table = page_table
+    else:
+        table = page_table[row_of_tokens(q_start, tokens)]
+    items = _Items(_by_item(q, call), _by_item(q_sink, call), q_pos[:, None], table)
+    out, lse = _attend(call, items)
+    return out.reshape(q.shape).astype(q.dtype), lse.reshape(q.shape[:2])
+
+
+def _mixed(
+    call: _Call,
+    q: Array,
+    q_sink: Array | None,
+    page_table: Array,
+    q_start: Array,
+    q_pos: Array,
+) -> tuple[Array, Array]:
+    """Returns (out, lse): sequences with one token together, the others in runs of queries."""
+    tokens = q.shape[0]
+    counts = q_start[1:] - q_start[:-1]
+    runs = jnp.where(counts > 1, -(-counts // QUERY_BLOCK), 0)
+    ends = jnp.cumsum(runs)
+    pad = ((0, QUERY_BLOCK), (0, 0), (0, 0))
+    wide_q = jnp.pad(q, pad)
+    wide_sink = None if q_sink is None else jnp.pad(q_sink, pad)
+    wide_pos = jnp.pad(q_pos, (0, QUERY_BLOCK), constant_values=-1)
+
+    def cut(x: Array, at: Array) -> Array:
+        return lax.dynamic_slice_in_dim(x, at, QUERY_BLOCK)
+
+    def run(index: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        row = jnp.sum(ends <= index)
+        start = q_start[row] + (index - (ends[row] - runs[row])) * QUERY_BLOCK
+        inside = start + jnp.arange(QUERY_BLOCK, dtype=jnp.int32) < q_start[row + 1]
+        items = _Items(
+            _by_item(cut(wide_q, start)[None], call),
+            None if wide_sink is None else _by_item(cut(wide_sink, start)[None], call),
+            jnp.where(inside, cut(wide_pos, start), -1)[None],
+            lax.dynamic_slice_in_dim(page_table, row, 1),
+        )
+        new = _attend(call, items)
+        after = []
+        for old, fresh in zip(found, new, strict=True):
+            fresh = fresh[0].reshape(QUERY_BLOCK, *old.shape[1:]).astype(old.dtype)
+            here = inside.reshape(-1, *[1] * (old.ndim - 1))
+            fresh = jnp.where(here, fresh, cut(old, start))
+            after.append(lax.dynamic_update_slice_in_dim(old, fresh, start, 0))
+        return after[0], after[1]
+
+    empty = jnp.zeros_like(wide_q), jnp.full(wide_q.shape[:2], -jnp.inf, jnp.float32)
+    out, lse = lax.fori_loop(0, ends[-1], run, empty)
+    first = jnp.minimum(q_start[:-1], tokens - 1)
+    singles = _Items(
+        _by_item(q[first], call),
+        None if q_sink is None else _by_item(q_sink[first], call),
+        jnp.where(counts == 1, q_pos[first], -1)[:, None],
+        page_table,
+    )
+    one_out, one_lse = _attend(call, singles)
+    at = jnp.where(counts == 1, first, tokens + QUERY_BLOCK)
+    out = out.at[at].set(one_out.reshape(-1, *q.shape[1:]).astype(q.dtype), mode="drop")
+    lse = lse.at[at].set(one_lse.reshape(-1, q.shape[1]), mode="drop")
+    return out[:tokens], lse[:tokens]
+
+
+def _by_item(q: Array | None, call: _Call) -> Array | None:
+    """Returns [I, K, Q, G, H] for q[I, N, H] (one query an item) or [I, Q, N, H]."""
+    if q is None:
+        return None
+    q = q[:, None] if q.ndim == 3 else q
+    items, length, num_heads, head = q.shape
+    heads = call.spec.num_kv_heads
+    return q.reshape(items, length, heads, num_heads // heads, head).swapaxes(1, 2)
+
+
+def _attend(call: _Call, items: _Items) -> tuple[Array, Array]:
+    """Returns (out float32[I, Q, K, G, H], lse float32[I, Q, K, G])."""
+    count, heads, length, group, head = items.q.shape
+    shape = count, heads, length * group
+    begin = _Partial(jnp.full((*shape, 1), _LOWEST), jnp.zeros((*shape, head + 1)))
+    first, blocks = _block_range(call, items.q_pos)
+
+    def step(index: Array, so_far: _Partial) -> _Partial:
+        sinks = call.sink_blocks
+        block = jnp.where(index < sinks, index, jnp.maximum(first, sinks) + index - sinks)
+        return _add_block(call, items, jnp.where(index < blocks, block, -1), so_far)
+
+    found = lax.fori_loop(0, jnp.max(blocks), step, begin)
+    total = found.out[..., head:]
+    out = found.out[..., :head] / jnp.where(total > 0, total, 1.0)
+    lse = jnp.where(total > 0, jnp.log(total) + found.top, -jnp.inf)
+    return (
+        out.reshape(count, heads, length, group, head).swapaxes(1, 2),
+        lse.reshape(count, heads, length, group).swapaxes(1, 2),
+    )
+
+
+def _block_range(call: _Call, q_pos: Array) -> tuple[Array, Array]:
+    """Returns (first block of the window, number of blocks to read), both int32[I]."""
+    last = jnp.max(q_pos, axis=1)
+    end = (last + KEY_BLOCK) // KEY_BLOCK
+    if call.spec.window is None:
+        return jnp.zeros_like(end), end
+    far = jnp.iinfo(jnp.int32).max
+    oldest = jnp.min(jnp.where(q_pos < 0, far, q_pos), axis=1) - call.spec.window + 1
+    first = jnp.minimum(jnp.maximum(oldest, 0) // KEY_BLOCK, end)
+    sinks = call.sink_blocks
+    return first, jnp.minimum(end, sinks) + jnp.maximum(end - jnp.maximum(first, sinks), 0)
+
+
+def _add_block(call: _Call, items: _Items, block: Array, so_far: _Partial) -> _Partial:
+    """Returns attention with one more block int32[I] of keys an item; none where negative."""
+    count, heads, length, group, _ = items.q.shape
+    keys, values = _block_of(call, items.table, jnp.maximum(block, 0))
+    k_pos = block[:, None] * KEY_BLOCK + jnp.arange(KEY_BLOCK, dtype=jnp.int32)[None, :]
+    scores = _scores(items.q, keys)
+    seen = (k_pos[:, None] <= items.q_pos[:, :, None]) & (block >= 0)[:, None, None]
+    if call.spec.window is not None:
+        sinks = k_pos < call.sink_tokens
+        near = items.q_pos[:, :, None] - k_pos[:, None] < call.spec.window
+        seen = seen & (near | sinks[:, None])
+        if items.q_sink is not None:
+            turned = _scores(items.q_sink, keys)
+            scores = jnp.where(sinks[:, None, None, None], turned, scores)
+    scores = capped(scores * call.spec.score_scale, call.spec)
+    if call.spec.alibi is not None:
+        bias = alibi_bias(call.spec.alibi, heads * group, k_pos)
+        scores = scores + bias.reshape(count, heads, 1, group, KEY_BLOCK)
+    seen = seen[:, None, :, None]
+    scores = jnp.where(seen, scores, _LOWEST)
+    top = jnp.max(scores, axis=-1).reshape(so_far.top.shape)
+    top = jnp.maximum(top, so_far.top)
+    weights = jnp.exp(scores - top.reshape(*scores.shape[:-1], 1))
+    weights = jnp.where(seen, weights, 0.0).astype(values.dtype)
+    added = _dot(weights.reshape(count, heads, length * group, KEY_BLOCK), values)
+    return _Partial(top, so_far.out * jnp.exp(so_far.top - top) + added)
+
+
+def _scores(q: Array, keys: Array) -> Array:
+    """Returns float32[I, K, Q, G, KEY_BLOCK]."""
+    count, heads, length, group, head = q.shape
+    flat = q.reshape(count, heads, length * group, head)
+    return _dot(flat, keys.astype(q.dtype)).reshape(*q.shape[:-1], KEY_BLOCK)
+
+
+def _dot(x: Array, y: Array) -> Array:
+    """Returns float32[I, K, M, J], x[I, K, M, C] times y[I, K, J, C]; never with a single row."""
+    rows = x.shape[2]
+    x = jnp.concatenate([x, x], axis=2) if rows == 1 else x
+    out = lax.dot_general(
+        x,
+        y,
+        (((3,), (3,)), ((0, 1), (0, 1))),
+        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    return out[:, :, :rows]
+
+
+def _block_of(call: _Call, table: Array, block: Array) -> tuple[Array, Array]:
+    """Returns (keys [I, K, KEY_BLOCK, H], values [I, K, H + 1, KEY_BLOCK]) of block int32[I]."""
+    keys, values = call.pages
+    heads, head, rows = keys.shape[1], keys.shape[3], values.shape[2]
+    run = min(call.page_size, KEY_BLOCK)
+    within = call.page_size // run
+    start = block[:, None] * KEY_BLOCK + jnp.arange(0, KEY_BLOCK, run, dtype=jnp.int32)[None, :]
+    columns = column(start // call.page_size, table.shape[1], call.pinned_pages)
+    page = jnp.take_along_axis(table, columns, axis=1)
+    part = start % call.page_size // run
+    head_index = jnp.arange(heads, dtype=jnp.int32)
+    row_index = jnp.arange(heads * rows, dtype=jnp.int32)
+    key_run = (page[:, None] * heads + head_index[None, :, None]) * within + part[:, None]
+    value_run = (page[:, None] * (heads * rows) + row_index[None, :, None]) * within + part[:, None]
+    k = jnp.take(keys.reshape(-1, run * head), key_run, axis=0, mode="clip")
+    v = jnp.take(values.reshape(-1, run), value_run, axis=0, mode="clip")
+    shape = table.shape[0], heads
+    return k.reshape(*shape, KEY_BLOCK, head), v.reshape(*shape, rows, KEY_BLOCK)
