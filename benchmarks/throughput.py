@@ -73,9 +73,11 @@ def main() -> None:
     found = installed()
     if missing := [PYTHON_VARIABLES[name] for name in PEERS if name not in found]:
         _say(f"not measured, {', '.join(missing)} not set: see benchmarks/peers/README.md")
-    engines = {"ours": sys.executable, **{n: found[n] for n in PEERS if n in found}}
     with ExitStack() as stack:
-        peers = {n: stack.enter_context(Peer.start(n, python)) for n, python in engines.items()}
+        peers = {"ours": stack.enter_context(Peer.start("ours_trace", sys.executable))}
+        for name in PEERS:
+            if name in found:
+                peers[name] = stack.enter_context(Peer.start(name, found[name]))
         loaded = {}
         for name, peer in peers.items():
             _say(f"loading {name}")

@@ -29,6 +29,7 @@ class Record:
         cached_tokens: tokens of the prompt that the prefix cache held.
         times_s: when tokens arrived, oldest first.
         counts: how many tokens arrived at each of these times.
+        token_ids: the tokens.
         error: why it failed, if it did.
     """
 
@@ -37,6 +38,7 @@ class Record:
     cached_tokens: int = 0
     times_s: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     error: str | None = None
 
     def add(self, time_s: float, count: int) -> None:

@@ -84,6 +84,7 @@ def _sink(record: Record, clock: Clock, began: float) -> Callable[[TokenEvent], 
         record.cached_tokens = max(record.cached_tokens, event.cached_tokens)
         if event.token_ids:
             record.add(clock() - began, len(event.token_ids))
+            record.token_ids += event.token_ids
         if event.finish_reason in ("error", "abort"):
             record.error = event.error or event.finish_reason
 

@@ -80,6 +80,7 @@ def test_times_count_from_the_start_and_from_when_a_request_was_due(time: FakeTi
     assert [record.times_s for record in records] == [[1.0, 2.0], [3.0, 4.0]]
     assert [record.ttft_s for record in records] == [1.0, 3.0]
     assert [record.prompt_tokens for record in records] == [3, 3]
+    assert [record.token_ids for record in records] == [[1, 1], [1, 1]]
     assert [record.cached_tokens for record in records] == [2, 2]
     assert Throughput.of(records, Slo(ttft_s=2.0)).good_requests_per_s == 0.25
 
