@@ -255,6 +255,8 @@ class Scheduler:
             self._plan_stepping(flight, budget, short)
             self._plan_loading(flight, budget, short)
             if self._front or len(self._policy):
+                if self._stale:
+                    self._drop_stale()  # what was preempted may start again in another shard
                 self._admit_waiting(flight, budget, short)
             self._settle(flight)
         if not plan.slots:
