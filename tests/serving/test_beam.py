@@ -2,14 +2,28 @@
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import product
 from typing import Any
 
 import pytest
 
-from jaxserve.serving.beam import Beam, BeamRules, BeamSearch, Candidate, Hypothesis, choose
+from jaxserve.errors import UsageError
+from jaxserve.serving.beam import (
+    Beam,
+    BeamRules,
+    BeamSearch,
+    Candidate,
+    Hypothesis,
+    beam_rules,
+    choose,
+)
+from jaxserve.serving.engine import Engine
+from jaxserve.serving.fake_runner import FakeRunner
+from jaxserve.serving.pages import GroupLimits
+from jaxserve.serving.plan import SchedulerConfig
+from jaxserve.serving.request import Request, SamplingParams, TokenEvent
 
 Tokens = tuple[int, ...]
 Model = Callable[[Tokens], tuple[Candidate, ...]]
@@ -202,3 +216,176 @@ def test_hypotheses_are_those_of_hugging_face(seed: int, hugging_face: Any) -> N
     found = run(rules, after)
     assert [h.beam.tokens for h in found] == [tokens for tokens, _ in wanted]
     assert [h.score for h in found] == pytest.approx([score for _, score in wanted], abs=1e-4)
+
+
+# In the engine, over a runner whose log-probabilities can be found by hand.
+
+
+def limits(**changes: Any) -> SchedulerConfig:
+    fields: dict[str, Any] = {
+        "page_size": 2,
+        "groups": (GroupLimits(num_pages=64),),
+        "num_slots": 6,
+        "max_step_tokens": 16,
+        "max_context_tokens": 32,
+    }
+    return SchedulerConfig(**(fields | changes))
+
+
+def search_for(
+    name: str,
+    prompt: Tokens,
+    width: int,
+    max_tokens: int,
+    stop_ids: Tokens = (),
+    **fields: Any,
+) -> Request:
+    params = SamplingParams(max_tokens=max_tokens, seed=1, **fields).resolved({})
+    return Request(id=name, prompt=prompt, params=params, stop_ids=stop_ids, beam_width=width)
+
+
+def serve(
+    config: SchedulerConfig, vocab_size: int, requests: Sequence[Request], penalty: float = 1.0
+) -> tuple[Engine, FakeRunner, dict[str, list[TokenEvent]]]:
+    """Returns (engine, runner, events by request) after the requests were served."""
+    runner = FakeRunner(config, vocab_size)
+    engine = Engine(runner, config)
+    events: dict[str, list[TokenEvent]] = {}
+    for request in requests:
+        events[request.id] = []
+        engine.submit(request, events[request.id].append, length_penalty=penalty)
+    while engine.step():
+        engine._scheduler.check()
+    assert sum(engine.metrics.scheduler.pages_held) == 0
+    assert not engine.busy
+    return engine, runner, events
+
+
+def score(event: TokenEvent, penalty: float = 1.0) -> float:
+    assert event.logprobs is not None
+    assert [entry.token_id for entry in event.logprobs] == list(event.token_ids)
+    return sum(entry.logprob for entry in event.logprobs) / len(event.token_ids) ** penalty
+
+
+def after_prompt(runner: FakeRunner, prompt: Tokens) -> Model:
+    """Returns the runner's log-probabilities after a prompt and what follows it, by hand."""
+    return lambda tokens: tuple(sorted(runner.rule.logprobs(runner.rule.peak(prompt + tokens))))
+
+
+@pytest.mark.parametrize("penalty", [1.0, 0.0])
+def test_the_engine_finds_the_best_of_everything_that_can_be_said(penalty: float) -> None:
+    # 5 tokens, of which one stops, and 3 steps: 4 + 16 beams, so width 10 prunes only the worst.
+    prompt = (3, 1, 4)
+    request = search_for("a", prompt, width=10, max_tokens=3, stop_ids=(0,))
+    _, runner, events = serve(limits(num_slots=10), 5, [request], penalty)
+    rules = beam_rules(request, penalty)
+    everything = sorted(every_ending(rules, after_prompt(runner, prompt), 5), reverse=True)
+    found = events["a"]
+    assert found[0].token_ids == everything[0][1]
+    assert score(found[0], penalty) == pytest.approx(everything[0][0])
+    assert len(found) == 10
+    known = {tokens: value for value, tokens in everything}
+    assert [score(event, penalty) for event in found] == pytest.approx(
+        [known[event.token_ids] for event in found]
+    )
+
+
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"max_in_flight": 1},
+        {"page_size": 4, "max_prefill_tokens": 3},
+        {"groups": (GroupLimits(num_pages=20),)},
+        {"groups": (GroupLimits(num_pages=64), GroupLimits(num_pages=64, window=5))},
+        {"num_slots": 2},
+        {"tokens_per_step": 2},
+    ],
+    ids=["plain", "no run-ahead", "chunks", "few pages", "window", "few slots", "two tokens"],
+)
+def test_beams_among_other_requests_are_those_found_without_pages(
+    width: int, changes: dict[str, Any]
+) -> None:
+    prompts = [(3, 1, 4, 1, 5), (2, 7, 1, 8), (3, 1, 4, 1, 6)]
+    requests: list[Request] = []
+    for number, prompt in enumerate(prompts):
+        stops = (5 * number, 3)
+        requests.append(search_for(f"beams {number}", prompt, width, 9, stops, min_tokens=number))
+        requests.append(search_for(f"plain {number}", prompt, 1, 12))
+    config = limits(**changes)
+    _, runner, events = serve(config, 23, requests)
+    for request in requests:
+        after = after_prompt(runner, request.prompt)
+        if request.beam_width == 1:
+            tokens = [token for event in events[request.id] for token in event.token_ids]
+            assert tokens == runner.rule.continue_prompt(request.prompt, request.params, 12)
+            continue
+        wanted = run(beam_rules(request), after)
+        found = events[request.id]
+        assert [event.token_ids for event in found] == [h.beam.tokens for h in wanted]
+        assert [score(event) for event in found] == pytest.approx([h.score for h in wanted])
+        assert [event.sample_index for event in found] == list(range(width))
+        assert [event.stop_token for event in found] == [h.stopped for h in wanted]
+        reasons = ["stop" if h.stopped else "length" for h in wanted]
+        assert [event.finish_reason for event in found] == reasons
+
+
+def test_the_context_ends_a_search() -> None:
+    request = search_for("a", (1,) * 28, width=3, max_tokens=20)
+    _, _, events = serve(limits(), 23, [request])
+    assert [len(event.token_ids) for event in events["a"]] == [4, 4, 4]
+    assert {event.finish_reason for event in events["a"]} == {"length"}
+
+
+def test_every_hypothesis_of_a_search_has_an_end_even_where_there_are_too_few() -> None:
+    request = search_for("a", (1,), width=4, max_tokens=1)
+    engine, _, events = serve(limits(), 3, [request])
+    assert [len(event.token_ids) for event in events["a"]] == [1, 1, 1, 0]
+    assert engine.metrics.finished == {"length": 4}
+
+
+def test_an_aborted_search_frees_its_pages() -> None:
+    config = limits()
+    engine = Engine(FakeRunner(config, 23), config)
+    events: list[TokenEvent] = []
+    engine.submit(search_for("a", (1, 2, 3), width=3, max_tokens=20), events.append)
+    for _ in range(6):
+        engine.step()
+    assert sum(engine.metrics.scheduler.pages_held) > 0
+    engine.abort("a")
+    engine.step()
+    assert sum(engine.metrics.scheduler.pages_held) == 0
+    assert [event.finish_reason for event in events] == ["abort"] * 3
+
+
+def test_beams_hold_fewer_pages_than_as_many_requests() -> None:
+    config = limits(page_size=4, max_context_tokens=64)
+    engine = Engine(FakeRunner(config, 23), config)
+    engine.submit(search_for("a", (1, 2, 3) * 10, width=4, max_tokens=8), lambda event: None)
+    most_held = most_unshared = 0
+    while engine.step():
+        stats = engine.metrics.scheduler
+        most_held = max(most_held, stats.pages_held[0])
+        most_unshared = max(most_unshared, stats.page_references[0])
+    # 30 tokens are 7 full pages and a part; all four beams share the full ones.
+    assert most_unshared == 4 * 10
+    assert most_held <= 7 + 4 * 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"width": 11}, "beam_width=11 with 0 stop tokens needs 22 candidates"),
+        ({"width": 3, "stop_ids": tuple(range(18))}, "18 stop tokens needs 21 candidates"),
+        ({"width": 3, "frequency_penalty": 0.5}, "frequency_penalty=0.5 has no effect on beams"),
+        ({"width": 3, "logit_bias": {1: 2.0}}, "logit_bias"),
+        ({"width": 3, "repetition_penalty": 1.5}, "repetition_penalty=1.5"),
+        ({"width": 3, "stop": ("x",)}, "stop"),
+    ],
+)
+def test_a_search_refuses_what_it_cannot_do(fields: dict[str, Any], message: str) -> None:
+    engine = Engine(FakeRunner(limits(), 23), limits())
+    with pytest.raises(UsageError, match=message):
+        engine.submit(search_for("a", (1, 2), max_tokens=4, **fields), lambda event: None)
+    assert not engine.busy
