@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Sequence as Items
 
 from jaxserve.errors import CapacityError, ContextLengthError, QueueFullError, UsageError
-from jaxserve.serving.shard_pages import ShardPages
 from jaxserve.serving.pages import GroupLimits, pages_of
 from jaxserve.serving.plan import (
     Admission,
@@ -32,6 +31,7 @@ from jaxserve.serving.plan import (
 from jaxserve.serving.policy import make_policy
 from jaxserve.serving.request import FinishReason, Request
 from jaxserve.serving.sequence import NO_SLOT, Rank, Sequence, State
+from jaxserve.serving.shard_pages import ShardPages
 
 __all__ = [
     "Admission",
@@ -334,19 +334,21 @@ class Scheduler:
         return budget
 
     def _plan_stepping(self, flight: _Flight, budget: list[int], short: set[int]) -> None:
+        lists = self._stepping, self._loading
         for sequence in self._stepping:
-            if sequence.computed < len(sequence.tokens) and sequence.slot != NO_SLOT:
-                lists = self._stepping, self._loading
-                if self._grow(sequence, 1, flight, lists, short):
-                    self._add_given_row(flight, sequence, 1)
-                    budget[sequence.shard] -= 1
+            if sequence.computed == len(sequence.tokens) or sequence.slot == NO_SLOT:
+                continue
+            if self._grow(sequence, 1, flight, lists, short):
+                self._add_given_row(flight, sequence, 1)
+                budget[sequence.shard] -= 1
 
     def _plan_loading(self, flight: _Flight, budget: list[int], short: set[int]) -> None:
+        lists = self._stepping, self._loading
         for sequence in self._loading:
             count = self._chunk(sequence, budget)
             if count == 0 or sequence.slot == NO_SLOT:
                 continue
-            if self._grow(sequence, count, flight, (self._loading,), short):
+            if self._grow(sequence, count, flight, lists, short):
                 self._add_given_row(flight, sequence, count)
                 budget[sequence.shard] -= count
 
@@ -390,13 +392,23 @@ class Scheduler:
     # Preemption.
 
     def _victim(self, sequence: Sequence, *lists: list[Sequence]) -> Sequence | None:
-        """Returns the newest sequence of the lists in the same shard, if newer than this one."""
+        """Returns the newest sequence in the same shard that is newer than this one.
+
+        One that has a row with tokens in the plan under way is passed over. DECODE rows are the
+        caller's care: no list with rows already planned, newer than the sequence, may be given.
+        """
         newest: Sequence | None = None
+        under_way = self._number + 1
         for members in lists:
             for other in reversed(members):
-                if other.shard == sequence.shard and other.slot != NO_SLOT:
-                    if other.rank > (newest or sequence).rank:
-                        newest = other
+                if other.rank <= (newest or sequence).rank:
+                    break
+                if (
+                    other.shard == sequence.shard
+                    and other.slot != NO_SLOT
+                    and other.row_plan != under_way
+                ):
+                    newest = other
                     break
         return newest
 
