@@ -403,7 +403,7 @@ class Engine:
                 continue
             if entry.search is not None:
                 deliveries += self._search(entry, entry.search, event, reading)
-            elif event.sequence.sample_index in entry.remaining:
+            else:
                 deliveries.append((entry, self._event(entry, event, reading)))
         return deliveries
 
@@ -411,6 +411,9 @@ class Engine:
         """Returns what one sample gained in a step."""
         sequence, reason, tokens = event.sequence, event.finish_reason, tuple(event.tokens)
         asked = entry.request.params.logprobs
+        if reason is None and asked is None and entry.prompt_logprobs is None:  # most events
+            index, cached = sequence.sample_index, sequence.cached_tokens
+            return TokenEvent(entry.request.id, index, tokens, cached_tokens=cached)
         logprobs = None if asked is None else reading.logprobs(event, asked)
         prompt_logprobs = None
         if entry.prompt_logprobs is not None:
@@ -498,11 +501,15 @@ class Engine:
                 self._scoring[admission.slot] = entry
         if not self._scoring:
             return []
-        return [
+        scored = [
             (row, self._scoring[slot])
             for row, slot in enumerate(plan.slots)
-            if slot in self._scoring and plan.kinds[row] != RowKind.DECODE
+            if slot in self._scoring
         ]
+        for row, _ in scored:
+            if plan.kinds[row] == RowKind.LAST:
+                del self._scoring[plan.slots[row]]
+        return scored
 
 
 class _Reading:

@@ -22,6 +22,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple, cast
 
 from jaxserve.serving.pages import GroupLimits, column
@@ -83,14 +84,22 @@ class FakeRule:
 
         The token `peak + j` has the weight `(V - j) ** (1 + peak % 3)`.
         """
-        size, power = self.vocab_size, 1 + peak % 3
-        total = math.log(sum((size - j) ** power for j in range(size)))
-        return [((peak + j) % size, power * math.log(size - j) - total) for j in range(size)]
+        return [self._ranked(peak, rank) for rank in range(self.vocab_size)]
 
     def logprob(self, peak: int, token: int, count: int) -> TokenLogprob:
         """Returns a token's entry with the `count` likeliest beside it."""
-        ranked = self.logprobs(peak)
-        return TokenLogprob(token, dict(ranked)[token], tuple(ranked[:count]))
+        _, logprob = self._ranked(peak, (token - peak) % self.vocab_size)
+        top = tuple(self._ranked(peak, rank) for rank in range(min(count, self.vocab_size)))
+        return TokenLogprob(token, logprob, top)
+
+    def _ranked(self, peak: int, rank: int) -> tuple[int, float]:
+        size, power = self.vocab_size, 1 + peak % 3
+        return (peak + rank) % size, power * math.log(size - rank) - _log_sum(size, power)
+
+
+@cache
+def _log_sum(size: int, power: int) -> float:
+    return math.log(sum(weight**power for weight in range(1, size + 1)))
 
 
 def visible(group: GroupLimits, position: int) -> Sequence[int]:

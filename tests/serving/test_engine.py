@@ -59,6 +59,7 @@ class Log:
 
     def __init__(self) -> None:
         self.events: list[TokenEvent] = []
+        self._by_request: dict[str, list[TokenEvent]] = defaultdict(list)
         self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)
         self.reasons: dict[tuple[str, int], str] = {}
 
@@ -66,12 +67,13 @@ class Log:
         key = (event.request_id, event.sample_index)
         assert key not in self.reasons, "an event after the last one"
         self.events.append(event)
+        self._by_request[event.request_id].append(event)
         self.tokens[key] += event.token_ids
         if event.finish_reason is not None:
             self.reasons[key] = event.finish_reason
 
     def of(self, name: object) -> list[TokenEvent]:
-        return [event for event in self.events if event.request_id == str(name)]
+        return self._by_request[str(name)]
 
 
 class Bench:
@@ -113,6 +115,21 @@ class Bench:
                 key = (asked.id, sample)
                 found = self.log.tokens[key], self.log.reasons.get(key)
                 assert found == self.wanted(asked, sample), key
+            self._check_prompt(asked)
+
+    def _check_prompt(self, asked: Request) -> None:
+        """Checks that a prompt's log-probabilities came, if asked for, and with the first event."""
+        count = asked.params.prompt_logprobs
+        first, *later = [event.prompt_logprobs for event in self.log.of(asked.id)]
+        assert later == [None] * len(later)
+        if count is None:
+            assert first is None
+            return
+        rule, prompt = self.runner.rule, asked.prompt
+        assert first is not None and first[0] is None
+        assert list(first[1:]) == [
+            rule.logprob(rule.peak(prompt[:at]), prompt[at], count) for at in range(1, len(prompt))
+        ]
 
     def check_empty(self) -> None:
         """Checks that nothing is left behind."""
@@ -140,7 +157,7 @@ def mixed(rng: random.Random, count: int) -> list[Request]:
                 temperature=1.0 if n > 1 else rng.choice([0.0, 1.0]),
                 seed=rng.randrange(1000),
                 min_tokens=rng.choice([0, 0, 1]),
-                prompt_logprobs=rng.choice([None, None, 0]),
+                prompt_logprobs=rng.choice([None, 0, 1]),
             )
         )
     return made
@@ -269,16 +286,8 @@ def test_prompt_log_probabilities_come_once_with_the_first_event(n: int) -> None
     prompt = tuple(range(10, 33))
     bench.run(request("warms the cache", prompt))
     bench.run(request("asks", prompt, prompt_logprobs=1, n=n), request("other", prompt))
-    first, *later = bench.log.of("asks")
-    assert first.cached_tokens == 0
-    assert first.prompt_logprobs is not None
-    assert first.prompt_logprobs[0] is None
-    assert list(first.prompt_logprobs[1:]) == [
-        bench.runner.rule.logprob(bench.runner.rule.peak(prompt[:at]), prompt[at], 1)
-        for at in range(1, len(prompt))
-    ]
-    assert all(event.prompt_logprobs is None for event in later)
-    assert all(event.prompt_logprobs is None for event in bench.log.of("other"))
+    bench.check(request("asks", prompt, prompt_logprobs=1, n=n), request("other", prompt))
+    assert bench.log.of("asks")[0].cached_tokens == 0
 
 
 def test_cached_tokens_are_told() -> None:
