@@ -26,8 +26,11 @@ ALLOWED = {
     "jaxserve.serving.request": {"msgspec"},
     "jaxserve.serving.sequence": {"msgspec"},
     "jaxserve.serving.pages": {"msgspec"},
+    "jaxserve.serving.plan": {"msgspec"},
+    "jaxserve.serving.policy": {"msgspec"},
     "jaxserve.serving.prefix_cache": {"msgspec"},
     "jaxserve.serving.scheduler": {"msgspec"},
+    "jaxserve.serving.shard_pages": {"msgspec"},
 }
 
 
