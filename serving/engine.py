@@ -535,7 +535,7 @@ def _opened(request: Request, sink: Sink, rules: BeamRules | None) -> _Open:
     """Returns the record of a new request."""
     scores: list[TokenLogprob | None] | None = None
     if request.params.prompt_logprobs is not None:
-        scores = [None] * len(request.prompt)
+        scores = [None for _ in request.prompt]
     if rules is None:
         return _Open(request, sink, set(range(request.params.n)), scores)
     return _Open(request, sink, set(range(rules.width)), scores, BeamSearch(rules))

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 RECENT = 4096
 """Values that percentiles are taken over."""
 
 
-class Summary(NamedTuple):
+@dataclass(frozen=True)
+class Summary:
     """A distribution at one moment: sum and count of all values, percentiles of the newest."""
 
     total: float

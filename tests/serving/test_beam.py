@@ -138,13 +138,12 @@ def test_a_vocabulary_of_stop_tokens_ends_the_search_at_once() -> None:
 def hugging_face() -> Any:
     """Returns Hugging Face's beam search over one of our models."""
     torch = pytest.importorskip("torch", reason="torch, the reference's framework, is missing")
-    from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
-    from transformers.modeling_outputs import CausalLMOutput
+    theirs: Any = pytest.importorskip("transformers")
 
-    class Config(PretrainedConfig):
+    class Config(theirs.PretrainedConfig):
         model_type = "table"
 
-    class Table(PreTrainedModel, GenerationMixin):
+    class Table(theirs.PreTrainedModel, theirs.GenerationMixin):
         config_class = Config
 
         def __init__(self, config: Config, after: Model) -> None:
@@ -156,7 +155,7 @@ def hugging_face() -> Any:
             rows = [
                 [logprob for _, logprob in self.after(tuple(r[1:]))] for r in input_ids.tolist()
             ]
-            return CausalLMOutput(logits=torch.tensor(rows)[:, None])
+            return theirs.modeling_outputs.CausalLMOutput(logits=torch.tensor(rows)[:, None])
 
         def prepare_inputs_for_generation(
             self, input_ids: Any, attention_mask: Any = None, **unused: Any
@@ -165,7 +164,7 @@ def hugging_face() -> Any:
 
     def search(rules: BeamRules, after: Model, vocab_size: int) -> list[tuple[Tokens, float]]:
         stops = sorted(rules.stop_ids)
-        config = GenerationConfig(
+        config = theirs.GenerationConfig(
             num_beams=rules.width,
             num_return_sequences=rules.width,
             max_new_tokens=rules.max_tokens,
