@@ -42,20 +42,35 @@ class StepTimes:
 
 
 @dataclass(frozen=True)
+class Compiles:
+    """What was compiled during a run; each was a pause.
+
+    Attributes:
+        steps: programs of the engine.
+        programs: programs of any kind, small helpers included.
+        seconds: that these took.
+    """
+
+    steps: int
+    programs: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class EngineFacts:
     """What the engine counted during a run.
 
     Attributes:
         settings: what the run was made with.
         times: of the steps.
-        compiles_after_ready: programs compiled after warming up; each was a pause.
+        compiles: after warming up.
         preemptions: sequences that lost their pages and were read in again.
         prefix_queries, prefix_hits: prompt tokens looked up in the prefix cache, and found.
     """
 
     settings: dict[str, Any]
     times: StepTimes
-    compiles_after_ready: int
+    compiles: Compiles
     preemptions: int
     prefix_queries: int
     prefix_hits: int
@@ -105,7 +120,8 @@ class Result:
             },
             "kv_waste": None if waste is None else _rounded(asdict(waste)),
             "step": _rounded(asdict(engine.times)),
-            "compiles_after_ready": engine.compiles_after_ready,
+            "compiles_after_ready": engine.compiles.steps,
+            "compiled": _rounded(asdict(engine.compiles)),
             "preemptions": engine.preemptions,
             "prefix_hit_rate": _number(engine.prefix_hits / asked) if asked else 0.0,
         }
@@ -143,7 +159,7 @@ def table(fields: dict[str, Any]) -> str:
             "host gap",
             f"{1e6 * step['host_gap_p50_s']:.0f} us p50, {1e6 * step['host_gap_p99_s']:.0f} us p99",
         ),
-        ("compiles", f"{fields['compiles_after_ready']} after ready"),
+        ("compiles", _compiles_line(fields["compiled"])),
         ("preemptions", str(fields["preemptions"])),
         ("prefix hits", f"{fields['prefix_hit_rate']:.1%}"),
     ]
@@ -171,6 +187,13 @@ def _waste_line(waste: dict[str, float] | None) -> str:
     if waste is None:
         return "-"
     return f"{waste['paged']:.1%} (contiguous reservation: {waste['contiguous']:.1%})"
+
+
+def _compiles_line(compiled: dict[str, Any]) -> str:
+    line = f"{compiled['steps']} after ready"
+    if compiled["programs"]:
+        line += f"; XLA compiled {compiled['programs']} programs in {_ms(compiled['seconds'])}"
+    return line
 
 
 def _limits(goodput: dict[str, Any]) -> str:

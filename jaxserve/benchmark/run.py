@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from jaxserve.benchmark.compiles import CompileCount
 from jaxserve.benchmark.metrics import KvSample, Record, Slo
 from jaxserve.benchmark.replay import Steppable, replay
-from jaxserve.benchmark.report import EngineFacts, Result, StepTimes
+from jaxserve.benchmark.report import Compiles, EngineFacts, Result, StepTimes
 from jaxserve.benchmark.trace import TraceRequest, TraceSpec, make_trace
 
 if TYPE_CHECKING:
@@ -77,9 +78,11 @@ def measure(job: Job) -> Result:
     )
     llm.warm_up(show)
     trace = make_trace(spec)
-    records, samples = observe(llm.engine, trace, spec.context)
+    with CompileCount() as compiled:
+        records, samples = observe(llm.engine, trace, spec.context)
     settings = {"model": job.model, **_settings(llm, options)}
-    facts = engine_facts(llm.engine.metrics, settings, llm.compiles_after_ready)
+    compiles = Compiles(llm.compiles_after_ready, compiled.total, compiled.seconds)
+    facts = engine_facts(llm.engine.metrics, settings, compiles)
     return Result(spec, job.slo, records, samples, facts)
 
 
@@ -116,7 +119,7 @@ def kv_sample(now_s: float, stats: SchedulerStats, context: int) -> KvSample:
 
 
 def engine_facts(
-    metrics: EngineMetrics, settings: dict[str, Any], compiles_after_ready: int
+    metrics: EngineMetrics, settings: dict[str, Any], compiles: Compiles
 ) -> EngineFacts:
     """Returns what an engine counted, all its steps being those of the run."""
     host, device, gap = metrics.host_seconds, metrics.device_seconds, metrics.host_gap_seconds
@@ -135,7 +138,7 @@ def engine_facts(
             host_gap_p50_s=gap.p50,
             host_gap_p99_s=gap.p99,
         ),
-        compiles_after_ready=compiles_after_ready,
+        compiles=compiles,
         preemptions=stats.preemptions,
         prefix_queries=stats.prefix_query_tokens,
         prefix_hits=stats.prefix_hit_tokens,

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from jaxserve.benchmark.metrics import KvSample, Record, Slo
-from jaxserve.benchmark.report import EngineFacts, Result, StepTimes
+from jaxserve.benchmark.report import Compiles, EngineFacts, Result, StepTimes
 from jaxserve.benchmark.trace import TraceSpec
 
 TIMES = StepTimes(
@@ -38,5 +38,7 @@ def result() -> Result:
         slo=Slo(ttft_s=2.0, tpot_s=0.8),
         records=[first, second],
         samples=samples,
-        engine=EngineFacts(SETTINGS, TIMES, 0, 1, prefix_queries=40, prefix_hits=4),
+        engine=EngineFacts(
+            SETTINGS, TIMES, Compiles(0, 2, 0.5), 1, prefix_queries=40, prefix_hits=4
+        ),
     )

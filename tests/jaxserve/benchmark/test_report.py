@@ -35,6 +35,7 @@ def test_fields_hold_every_figure(result: Result):
     assert fields["step"]["host_gap_p99_s"] == 0.0001
     assert fields["step"]["wait_s"] == 3.5
     assert fields["compiles_after_ready"] == 0
+    assert fields["compiled"] == {"steps": 0, "programs": 2, "seconds": 0.5}
     assert fields["preemptions"] == 1
     assert fields["prefix_hit_rate"] == 0.1
     assert fields["failed_requests"] == 0
@@ -69,7 +70,7 @@ def test_the_table_names_figures_and_limits(result: Result):
     assert shown["TTFT"] == "1750.00 ms p50, 2485.00 ms p99, 1750.00 ms mean"
     assert shown["KV waste"] == "15.6% (contiguous reservation: 58.0%)"
     assert shown["host gap"] == "0 us p50, 100 us p99"
-    assert shown["compiles"] == "0 after ready"
+    assert shown["compiles"] == "0 after ready; XLA compiled 2 programs in 500.00 ms"
     assert "failed" not in shown
 
 
