@@ -20,7 +20,7 @@ from jaxserve.serving.plan import PolicyName
 from jaxserve.serving.sequence import Sequence
 
 REMEMBERED_CLIENTS = 1024
-"""Clients whose account is kept beyond those that wait, before old accounts are dropped."""
+"""Clients whose account is kept at least while they have no request waiting."""
 
 
 class Policy(Protocol):
@@ -127,7 +127,7 @@ class FairByClient:
         if client not in self._waiting:
             self._waiting[client] = 0
             self._accounts[client] = max(self._accounts.get(client, 0.0), self._served)
-            self._forget_settled_accounts()
+            self._forget_low_accounts()
         self._waiting[client] += 1
         clients = self._queues.setdefault(sequence.request.priority, {})
         clients.setdefault(client, deque()).append(sequence)
@@ -174,14 +174,14 @@ class FairByClient:
     def _weight(self, client: str) -> float:
         return self._weights.get(client, 1.0)
 
-    def _forget_settled_accounts(self) -> None:
-        """Drops accounts that a client coming back would not start from anyway."""
-        if len(self._accounts) > REMEMBERED_CLIENTS + 2 * len(self._waiting):
-            self._accounts = {
-                client: account
-                for client, account in self._accounts.items()
-                if client in self._waiting or account > self._served
-            }
+    def _forget_low_accounts(self) -> None:
+        """Drops accounts of clients that do not wait, those first that say least."""
+        if len(self._accounts) <= 2 * REMEMBERED_CLIENTS + len(self._waiting):
+            return
+        idle = [client for client in self._accounts if client not in self._waiting]
+        idle.sort(key=self._accounts.__getitem__)
+        for client in idle[:-REMEMBERED_CLIENTS]:
+            del self._accounts[client]
 
 
 def _age(sequence: Sequence) -> tuple[int, int]:
