@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
-
-from jaxserve.serving.static_batch import CompiledSteps, StaticBatch
 
 PARTS = ("qkv", "rope", "attend", "out", "mlp", "norm", "logits", "sample")
 """Named scopes of the forward and the sampler, innermost last in an operation's name."""
@@ -18,23 +17,24 @@ PARTS = ("qkv", "rope", "attend", "out", "mlp", "norm", "logits", "sample")
 _SKIPPED_STEPS = 2
 
 
-def share_by_part(steps: CompiledSteps, batch: StaticBatch) -> dict[str, float]:
-    """Returns part -> share of the processor time of all traced decode steps; they sum to 1.
+def share_by_part(programs: Iterable[Any], step: Callable[[], bool]) -> dict[str, float]:
+    """Returns part -> share of the processor time of the steps until none is left; they sum to 1.
 
-    "waiting" is time in which a core that could work had nothing to do or only scheduled.
+    Args:
+        programs: compiled executables whose operations may run.
+        step: makes one step; False when there is nothing left to do.
     """
-    running = iter(batch)
     for _ in range(_SKIPPED_STEPS):
-        next(running)
+        step()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            for _ in running:
+            while step():
                 pass
         (trace,) = Path(folder).rglob("*.xplane.pb")
-        return _shares(trace, _part_of_operation(steps.decode_programs()))
+        return _shares(trace, _part_of_operation(program.as_text() for program in programs))
 
 
-def _part_of_operation(programs: list[str]) -> dict[str, str]:
+def _part_of_operation(programs: Iterable[str]) -> dict[str, str]:
     """Returns HLO instruction name -> part, from the metadata of compiled programs."""
     parts: dict[str, str] = {}
     for text in programs:

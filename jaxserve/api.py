@@ -13,6 +13,7 @@ from __future__ import annotations
 import secrets
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,21 +28,24 @@ from jaxserve.checkpoint.locate import locate
 from jaxserve.compile_cache import enable as enable_compile_cache
 from jaxserve.completion import CompletionBuilder
 from jaxserve.config import ModelConfig
-from jaxserve.errors import ContextLengthError, TokenizerError, UsageError
+from jaxserve.errors import ContextLengthError, QueueFullError, TokenizerError, UsageError
 from jaxserve.layers.decoder import Model, Params
 from jaxserve.layers.param import Declare
 from jaxserve.pallas_kernels import kernel_set
 from jaxserve.partitioning.collectives import LocalComm
-from jaxserve.progress import Show, reporter
+from jaxserve.progress import Show, Unit, reporter
+from jaxserve.serving.build import ModelEngine
+from jaxserve.serving.engine import Engine
 from jaxserve.serving.generation import Program, logits
-from jaxserve.serving.request import Completion, SamplingParams
-from jaxserve.serving.static_batch import (
-    MAX_ROWS,
-    CompiledSteps,
-    CompileReport,
-    Row,
-    StaticBatch,
+from jaxserve.serving.options import EngineOptions
+from jaxserve.serving.request import (
+    MAX_BAD_WORD_TOKENS,
+    Completion,
+    Request,
+    SamplingParams,
+    TokenEvent,
 )
+from jaxserve.serving.runner import CompileReport, ModelRunner
 from jaxserve.slow_tokenizer import OTHER_FILES, SENTENCEPIECE_FILES
 from jaxserve.tokenizer import FAST_FILE, Tokenizer
 
@@ -60,6 +64,7 @@ def load(
     *,
     dtype: str | None = None,
     backend: str = "xla",
+    engine: EngineOptions | None = None,
     show: Show | str = Show.AUTO,
 ) -> LLM:
     """Returns a model ready to generate.
@@ -69,6 +74,7 @@ def load(
         dtype: "bfloat16" or "float32", of weights, activations and cache; None takes float32
             for a float32 checkpoint and bfloat16 for any other.
         backend: kernels to run: "xla" or "reference".
+        engine: sizes of the engine that generates: sequences at once, memory for keys and values.
         show: progress of loading and compiling, on standard error: "auto" (a bar on a terminal,
             lines elsewhere), "bar", "lines" or "silent".
 
@@ -89,6 +95,7 @@ def load(
         Tokenizer.from_dir(path) if has_tokenizer(path) else None,
         declare=declare,
         backend=backend,
+        engine=engine,
         defaults=info.generation,
         on_compile=None if show is Show.SILENT else _print_compiled,
     )
@@ -103,6 +110,7 @@ class LLM:
         tokenizer: None leaves token ids as the only way in and out.
         declare: how `params` are stored.
         backend: kernels to run.
+        engine: sizes of the engine that generates.
         defaults: what the model's authors want where a request says nothing. Without end tokens
             there, those of the tokenizer end a completion.
         on_compile: called with what was compiled and the seconds it took.
@@ -116,6 +124,7 @@ class LLM:
         *,
         declare: Declare | None = None,
         backend: str = "xla",
+        engine: EngineOptions | None = None,
         defaults: GenerationDefaults | None = None,
         on_compile: CompileReport | None = None,
     ) -> None:
@@ -127,13 +136,58 @@ class LLM:
         self.defaults = GenerationDefaults() if defaults is None else defaults
         known = () if tokenizer is None else tokenizer.eos_token_ids
         self.eos_token_ids = self.defaults.eos_token_ids or known
-        self.steps = CompiledSteps(program, params, on_compile)
+        self._program = program
+        self._params = params
+        self._options = EngineOptions() if engine is None else engine
+        self._on_compile = on_compile
+        self._made: ModelEngine | None = None
+        self._num_requests = 0
         self._logits = jax.jit(logits, static_argnums=0)
 
     @property
     def params(self) -> Params:
         """Returns the weights as a tree of arrays, as stored on the device."""
-        return self.steps.params
+        return self._params
+
+    @property
+    def engine(self) -> Engine:
+        """Returns the engine that generates, made on first use."""
+        return self._model_engine.engine
+
+    @property
+    def runner(self) -> ModelRunner:
+        """Returns what runs the engine's steps."""
+        return self._model_engine.runner
+
+    @property
+    def compiles_after_ready(self) -> int:
+        """Returns how many programs were compiled after `warm_up`; each was a pause."""
+        return 0 if self._made is None else self._made.runner.compiles_after_ready
+
+    @property
+    def _model_engine(self) -> ModelEngine:
+        if self._made is None:
+            self._made = ModelEngine.create(
+                self._program, self._params, self._options, self._on_compile
+            )
+        return self._made
+
+    def warm_up(self, show: Show | str = Show.AUTO) -> None:
+        """Compiles every step that serving can need; without it each compiles on first use."""
+        runner = self.runner
+        with reporter(Show(show)).task("compiling", runner.num_executables, Unit.ITEMS) as advance:
+            runner.warm_up(advance)
+
+    def update(self, params: Params) -> None:
+        """Takes other weights of the same architecture; nothing is compiled again.
+
+        Raises:
+            UsageError: their tree or shapes differ, or requests are under way.
+        """
+        _check_params(params, self._program.model)
+        if self._made is not None:
+            self._made.update(params)
+        self._params = params
 
     def generate(
         self,
@@ -158,15 +212,10 @@ class LLM:
         single = is_single(prompts)
         many: list[Any] = [prompts] if single else list(prompts)
         params = _per_prompt(sampling, fields, len(many))
-        groups = [self._rows(p, s) for p, s in zip(many, params, strict=True)]
-        flat = [row for group in groups for row in group]
-        done: list[Completion] = []
-        for at in range(0, len(flat), MAX_ROWS):
-            done += self._complete(flat[at : at + MAX_ROWS])
+        requests = [self._request(p, s) for p, s in zip(many, params, strict=True)]
         results: list[Any] = []
-        for group in groups:
-            own, done = done[: len(group)], done[len(group) :]
-            results.append(own[0] if len(group) == 1 else own)
+        for done in _Batch(self, requests).run():
+            results.append(done[0] if len(done) == 1 else done)
         return results[0] if single else results
 
     def stream(
@@ -181,8 +230,7 @@ class LLM:
         (params,) = _per_prompt(sampling, fields, 1)
         if params.n != 1:
             raise UsageError(f"n={params.n} cannot be streamed; use n=1 or generate")
-        (row,) = self._rows(prompt, params)
-        return TextStream(self.steps, CompletionBuilder(self.tokenizer, row), row)
+        return TextStream(self, self._request(prompt, params))
 
     def chat(
         self,
@@ -221,24 +269,14 @@ class LLM:
             )
         self._check_ids([int(token) for token in tokens.ravel()])
         rows = tokens.reshape(-1, tokens.shape[-1]).astype(np.int32)
-        out = self._logits(self.steps.program, self.params, rows)
+        out = self._logits(self._program, self.params, rows)
         return out.reshape(*tokens.shape, -1)
 
-    def _complete(self, rows: Sequence[Row]) -> list[Completion]:
-        builders = [CompletionBuilder(self.tokenizer, row) for row in rows]
-        batch = StaticBatch(self.steps, rows)
-        for tokens in batch:
-            for index, token in tokens.items():
-                builders[index].push(token)
-                if builders[index].finish_reason is not None:
-                    batch.finish(index)
-        return [builder.completion() for builder in builders]
-
-    def _rows(self, prompt: Prompt, asked: SamplingParams) -> list[Row]:
-        """Returns one row per completion, with every parameter decided."""
+    def _request(self, prompt: Prompt, asked: SamplingParams, **fields: Any) -> Request:
+        """Returns a request with every parameter decided; `fields` are others of `Request`."""
         ids = self._encode(prompt)
         params = asked.resolved(sampling_defaults(self.defaults))
-        self._check_ids([*params.logit_bias, *params.stop_token_ids])
+        self._check_ids([*params.logit_bias, *params.stop_token_ids, *params.allowed_token_ids])
         if params.stop and self.tokenizer is None:
             raise UsageError("stop strings need a tokenizer; use stop_token_ids")
         room = self.config.max_context_tokens - len(ids)
@@ -270,7 +308,33 @@ class LLM:
             )
         eos = () if params.ignore_eos else self.eos_token_ids
         stops = tuple(sorted({*eos, *params.stop_token_ids}))
-        return [Row(tuple(ids), params, stops, index) for index in range(params.n)]
+        self._num_requests += 1
+        return Request(
+            id=f"request-{self._num_requests}",
+            prompt=tuple(ids),
+            params=params,
+            stop_ids=stops,
+            bad_word_ids=self._bad_words(params.bad_words),
+            **fields,
+        )
+
+    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Returns the token forms of words: at the start of a text and after a space."""
+        if words and self.tokenizer is None:
+            raise TokenizerError("bad_words need a tokenizer, and this checkpoint has none")
+        forms: dict[tuple[int, ...], None] = {}
+        for word in words:
+            assert self.tokenizer is not None
+            for text in (word, f" {word.lstrip()}"):
+                ids = tuple(self.tokenizer.encode(text, add_special_tokens=False))
+                if len(ids) > MAX_BAD_WORD_TOKENS:
+                    raise UsageError(
+                        f"bad word {word!r} has {len(ids)} tokens; at most {MAX_BAD_WORD_TOKENS} "
+                        "are supported"
+                    )
+                if ids:
+                    forms[ids] = None
+        return tuple(forms)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -299,13 +363,66 @@ class LLM:
             )
 
 
+class _Batch:
+    """Requests that run together, and the completions that come of them."""
+
+    def __init__(self, llm: LLM, requests: Sequence[Request]) -> None:
+        self._engine = llm.engine
+        self._requests = requests
+        self._waiting = deque(requests)
+        self._builders = {
+            request.id: [CompletionBuilder(llm.tokenizer, request) for _ in range(request.params.n)]
+            for request in requests
+        }
+        self._num_running = sum(request.params.n for request in requests)
+
+    def run(self) -> list[list[Completion]]:
+        """Returns the completions of each request, in order."""
+        try:
+            while self._num_running:
+                self._submit()
+                self._engine.step()
+        except BaseException:  # Ctrl-C, too, leaves the engine free for others
+            for request in self._requests:
+                self._engine.abort(request.id)
+            while self._engine.step():
+                pass
+            raise
+        return [
+            [builder.completion() for builder in self._builders[request.id]]
+            for request in self._requests
+        ]
+
+    def _submit(self) -> None:
+        """Hands the engine as many requests as its queue takes."""
+        while self._waiting:
+            try:
+                self._engine.submit(self._waiting[0], self._push)
+            except QueueFullError:
+                return
+            self._waiting.popleft()
+
+    def _push(self, event: TokenEvent) -> None:
+        """Takes the events of all requests."""
+        builder = self._builders[event.request_id][event.sample_index]
+        if builder.finish_reason is not None:
+            return
+        builder.push(event)
+        if builder.finish_reason is not None:
+            self._num_running -= 1
+            if event.finish_reason is None:
+                self._engine.finish(event.request_id, event.sample_index, builder.num_drawn)
+
+
 class TextStream:
     """The pieces of one completion, as they come; see `LLM.stream`."""
 
-    def __init__(self, steps: CompiledSteps, builder: CompletionBuilder, row: Row) -> None:
-        self._builder = builder
-        self._batch = StaticBatch(steps, [row])
-        self._pieces = self._run()
+    def __init__(self, llm: LLM, request: Request) -> None:
+        self._engine = llm.engine
+        self._request = request
+        self._builder = CompletionBuilder(llm.tokenizer, request)
+        self._pieces: deque[str] = deque()
+        self._iterator = self._run()
         self.first_token_at = 0.0  # time.perf_counter() when the first token was there
 
     @property
@@ -316,19 +433,33 @@ class TextStream:
         return self._builder.completion()
 
     def __iter__(self) -> Iterator[str]:
-        return self._pieces
+        return self._iterator
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        return next(self._iterator)
 
     def _run(self) -> Iterator[str]:
-        for tokens in self._batch:
-            self.first_token_at = self.first_token_at or time.perf_counter()
-            piece = self._builder.push(tokens[0])
-            if self._builder.finish_reason is not None:
-                self._batch.finish(0)
-            if piece:
-                yield piece
+        self._engine.submit(self._request, self._push)
+        try:
+            while self._builder.finish_reason is None or self._pieces:
+                while self._pieces:
+                    yield self._pieces.popleft()
+                if self._builder.finish_reason is None:
+                    self._engine.step()
+        finally:
+            if self._builder.finish_reason is None:  # nobody reads on
+                self._engine.abort(self._request.id)
+                self._engine.step()
+        _ = self._builder.completion()  # a failed request raises its cause
+
+    def _push(self, event: TokenEvent) -> None:
+        self.first_token_at = self.first_token_at or time.perf_counter()
+        if self._builder.finish_reason is not None:
+            return
+        if piece := self._builder.push(event):
+            self._pieces.append(piece)
+        if self._builder.finish_reason is not None and event.finish_reason is None:
+            self._engine.finish(self._request.id, 0, self._builder.num_drawn)
 
 
 def is_single(prompts: Any) -> bool:

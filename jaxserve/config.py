@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from jaxserve.errors import ConfigError
@@ -154,6 +154,10 @@ class AlibiSpec:
     bfloat16: bool = False
 
 
+ENDLESS_TOKENS = 1 << 30
+"""Context of a model that streams: more tokens than anyone generates, and still an int32."""
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
     """Attention of one layer; MHA, GQA and MQA are values of `num_kv_heads`.
@@ -164,6 +168,8 @@ class AttentionSpec:
         scale: multiplies scores; None means 1/sqrt(head_dim).
         rope, alibi: position information; at most one.
         window: a query sees this many newest keys, itself included; None sees all.
+        sink_tokens: first tokens of a sequence that stay visible besides the window; positions are
+            then counted inside the cache (StreamingLLM, Xiao et al. 2023).
         soft_cap: scores become cap * tanh(scores / cap).
         qkv_bias, out_bias: biases of the projections.
     """
@@ -175,6 +181,7 @@ class AttentionSpec:
     rope: RopeSpec | None = None
     alibi: AlibiSpec | None = None
     window: int | None = None
+    sink_tokens: int = 0
     soft_cap: float | None = None
     qkv_bias: bool = False
     out_bias: bool = False
@@ -195,8 +202,20 @@ class AttentionSpec:
             raise ConfigError("rope and alibi are both set; a layer takes at most one")
         if self.window is not None and self.window <= 0:
             raise ConfigError(f"window={self.window} must be positive; leave it out for none")
+        if self.sink_tokens < 0 or (self.sink_tokens and self.window is None):
+            raise ConfigError(
+                f"sink_tokens={self.sink_tokens} keeps tokens besides a window, and window="
+                f"{self.window}; set a window, or sink_tokens=0"
+            )
         if self.soft_cap is not None and self.soft_cap <= 0:
             raise ConfigError(f"soft_cap={self.soft_cap} must be positive; leave it out for none")
+
+    @property
+    def cached_tokens(self) -> int | None:
+        """Returns the tokens that a streaming cache holds; None where no sinks are kept."""
+        if not self.sink_tokens or self.window is None:
+            return None
+        return self.sink_tokens + self.window
 
     @property
     def score_scale(self) -> float:
@@ -258,7 +277,8 @@ class CacheSpec:
         token_shape: shape of what one token leaves behind: (2, K, H) for keys and values.
         axes: logical axes of `token_shape`.
         dtype: element type.
-        window: tokens kept; None keeps all.
+        window: newest tokens kept; None keeps all.
+        sink_tokens: first tokens kept besides the window.
     """
 
     kind: CacheKind
@@ -266,6 +286,7 @@ class CacheSpec:
     axes: tuple[str, ...]
     dtype: str
     window: int | None = None
+    sink_tokens: int = 0
 
     @property
     def bytes_per_token(self) -> int:
@@ -274,7 +295,9 @@ class CacheSpec:
 
     def bytes_per_sequence(self, context_tokens: int) -> int:
         """Returns the bytes that a sequence of `context_tokens` costs in one layer."""
-        kept = context_tokens if self.window is None else min(context_tokens, self.window)
+        kept = context_tokens
+        if self.window is not None:
+            kept = min(context_tokens, self.window + self.sink_tokens)
         return kept * self.bytes_per_token
 
 
@@ -333,6 +356,22 @@ class ModelConfig:
             members.setdefault(cache_spec(layer.attention, dtype), []).append(index)
         return tuple(CacheGroup(spec, tuple(layers)) for spec, layers in members.items())
 
+    def streaming(self, window: int, sink_tokens: int = 4) -> ModelConfig:
+        """Returns the model with a cache of constant size, for sequences without end.
+
+        Every layer sees the first `sink_tokens` tokens and the newest `window`; layers with a
+        smaller window of their own keep that. Source: Xiao et al. 2023, StreamingLLM.
+        """
+
+        def streams(layer: LayerSpec) -> LayerSpec:
+            own = layer.attention.window
+            kept = window if own is None else min(own, window)
+            attention = replace(layer.attention, window=kept, sink_tokens=sink_tokens)
+            return replace(layer, attention=attention)
+
+        layers = tuple(streams(layer) for layer in self.layers)
+        return replace(self, layers=layers, max_context_tokens=ENDLESS_TOKENS)
+
     def cache_bytes_per_token(self, dtype: str) -> int:
         """Returns the bytes one more token costs over all layers, windows not yet full."""
         return sum(g.spec.bytes_per_token * len(g.layers) for g in self.cache_groups(dtype))
@@ -346,6 +385,7 @@ def cache_spec(attention: AttentionSpec, dtype: str) -> CacheSpec:
         axes=("kv", "kv_heads", "head"),
         dtype=dtype,
         window=attention.window,
+        sink_tokens=attention.sink_tokens,
     )
 
 

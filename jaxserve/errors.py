@@ -45,3 +45,7 @@ class QueueFullError(JaxserveError):
 
 class CapacityError(UsageError):
     """A request needs more memory than there is, however long it waits."""
+
+
+class GenerationError(JaxserveError):
+    """A request failed while it ran; the message gives the cause."""

@@ -32,11 +32,15 @@ class Attention(nnx.Module):
         """Returns (attention of x[T, embed] as [T, embed], the cache with these tokens in it)."""
         with jax.named_scope("qkv"):
             q, k, v = linear_group(x, self.qkv, run.comm, run.kernels)
+        sink_q = None
         if self.spec.rope is not None:
             with jax.named_scope("rope"):
-                cos, sin = run.rotations[self.spec.rope]
-                q, k = rotate(q, self.spec.rope, cos, sin), rotate(k, self.spec.rope, cos, sin)
+                if self.spec.cached_tokens is not None:
+                    inside = run.rotations[self.spec.rope, self.spec.cached_tokens]
+                    sink_q = rotate(q, self.spec.rope, *inside)
+                table = run.rotations[self.spec.rope, None]
+                q, k = rotate(q, self.spec.rope, *table), rotate(k, self.spec.rope, *table)
         with jax.named_scope("attend"):
-            heads, cache = cache.attend(layer, q, k, v, self.spec, run.kernels)
+            heads, cache = cache.attend(layer, q, k, v, self.spec, run.kernels, sink_q)
         with jax.named_scope("out"):
             return linear(heads, self.out, run.comm, run.kernels), cache

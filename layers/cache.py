@@ -32,9 +32,20 @@ class Cache(Protocol):
         ...
 
     def attend(
-        self, layer: int, q: Array, k: Array, v: Array, spec: AttentionSpec, kernels: KernelSet
+        self,
+        layer: int,
+        q: Array,
+        k: Array,
+        v: Array,
+        spec: AttentionSpec,
+        kernels: KernelSet,
+        sink_q: Array | None = None,
     ) -> tuple[Array, Self]:
-        """Returns (attention of q[T, N, H] as [T, N, H], the cache holding k and v[T, K, H])."""
+        """Returns (attention of q[T, N, H] as [T, N, H], the cache holding k and v[T, K, H]).
+
+        Args:
+            sink_q: [T, N, H], the queries as they meet the sink tokens of a streaming cache.
+        """
         ...
 
     def end(self) -> Self:
@@ -64,7 +75,14 @@ class NoCache:
         return replace(self, positions=step.positions.reshape(self.batch, -1))
 
     def attend(
-        self, layer: int, q: Array, k: Array, v: Array, spec: AttentionSpec, kernels: KernelSet
+        self,
+        layer: int,
+        q: Array,
+        k: Array,
+        v: Array,
+        spec: AttentionSpec,
+        kernels: KernelSet,
+        sink_q: Array | None = None,
     ) -> tuple[Array, NoCache]:
         """Returns (causal attention within each sequence, itself)."""
         assert self.positions is not None
@@ -122,7 +140,14 @@ class DenseCache:
         return replace(self, slot_positions=marked, pending=positions.shape[1])
 
     def attend(
-        self, layer: int, q: Array, k: Array, v: Array, spec: AttentionSpec, kernels: KernelSet
+        self,
+        layer: int,
+        q: Array,
+        k: Array,
+        v: Array,
+        spec: AttentionSpec,
+        kernels: KernelSet,
+        sink_q: Array | None = None,
     ) -> tuple[Array, DenseCache]:
         """Returns (attention of q over all slots up to its position, the cache)."""
         batch = self.slot_positions.shape[0]

@@ -69,12 +69,12 @@ class Decoder(nnx.Module):
             x, cache = block(x, index, cache, run)
         return run.tap("final", self.final_norm(x, run.comm)), cache.end()
 
-    def logits(self, hidden: Array, run: Runtime) -> Array:
+    def logits(self, hidden: Array, comm: Comm, kernels: KernelSet) -> Array:
         """Returns float32[R, V] for hidden[R, embed]."""
         table = self.embedding if self.head is None else self.head.values
-        x = run.comm.all_gather(hidden, ("embed",))
-        y = run.kernels.matmul(x, table[...], 1, Orientation.OUT_IN.value, jnp.dtype("float32"))
-        y = run.comm.reduce_scatter(y, ("embed",), ("vocab",))
+        x = comm.all_gather(hidden, ("embed",))
+        y = kernels.matmul(x, table[...], 1, Orientation.OUT_IN.value, jnp.dtype("float32"))
+        y = comm.reduce_scatter(y, ("embed",), ("vocab",))
         if self.config.logits_scale is not None:
             y = y * self.config.logits_scale
         if self.config.logits_soft_cap is not None:
@@ -158,12 +158,23 @@ def forward(
     Raises:
         UsageError: `capture` or `edit` names an activation that the model does not have.
     """
-    decoder = nnx.merge(nnx.graphdef(model.module()), params)
+    decoder = _decoder(model, params)
     taps = Taps(capture, edit)
-    ropes = {s.attention.rope for s in model.config.layers if s.attention.rope is not None}
-    run = Runtime.begin(step, ropes, comm, kernels, taps)
+    attentions = {layer.attention for layer in model.config.layers}
+    run = Runtime.begin(step, attentions, comm, kernels, taps)
     hidden, cache = decoder.hidden(step, cache, run)
+    wanted = hidden if rows is None else jnp.take(hidden, rows, axis=0)
     with jax.named_scope("logits"):
-        logits = decoder.logits(hidden if rows is None else jnp.take(hidden, rows, axis=0), run)
+        logits = decoder.logits(wanted, comm, kernels)
     taps.check()
     return Output(logits, hidden, taps.captured), cache
+
+
+def logits_of(model: Model, params: Params, hidden: Array, comm: Comm, kernels: KernelSet) -> Array:
+    """Returns float32[R, V] for rows [R, embed] of `Output.hidden`."""
+    return _decoder(model, params).logits(hidden, comm, kernels)
+
+
+def _decoder(model: Model, params: Params) -> Decoder:
+    """Returns the declared decoder with its weights."""
+    return nnx.merge(nnx.graphdef(model.module()), params)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import jax.numpy as jnp
 from jax import Array
 
-from jaxserve.config import RopeSpec
+from jaxserve.config import AttentionSpec, RopeSpec
 from jaxserve.layers.rope import rotation
 from jaxserve.layers.step import Step
 from jaxserve.layers.tap import Taps
@@ -17,18 +18,37 @@ from jaxserve.partitioning.collectives import Comm
 
 @dataclass(frozen=True)
 class Runtime:
-    """Collectives, kernels, taps and per-step facts that the layers are given."""
+    """Collectives, kernels, taps and per-step facts that the layers are given.
+
+    Attributes:
+        rotations: rotary table of the step's positions; and, with the size of a streaming cache,
+            that of the positions inside it.
+    """
 
     comm: Comm
     kernels: KernelSet
     tap: Taps
     step: Step
-    rotations: Mapping[RopeSpec, tuple[Array, Array]] = field(default_factory=dict)
+    rotations: Mapping[tuple[RopeSpec, int | None], tuple[Array, Array]] = field(
+        default_factory=dict
+    )
 
     @classmethod
     def begin(
-        cls, step: Step, ropes: set[RopeSpec], comm: Comm, kernels: KernelSet, tap: Taps
+        cls,
+        step: Step,
+        attentions: set[AttentionSpec],
+        comm: Comm,
+        kernels: KernelSet,
+        tap: Taps,
     ) -> Runtime:
         """Returns the runtime of one step; every rotary table is computed once for all layers."""
-        tables = {spec: rotation(spec, step.positions, step.lengths) for spec in ropes}
+        tables: dict[tuple[RopeSpec, int | None], tuple[Array, Array]] = {}
+        for spec in attentions:
+            if spec.rope is None:
+                continue
+            tables[spec.rope, None] = rotation(spec.rope, step.positions, step.lengths)
+            if (size := spec.cached_tokens) is not None:
+                inside = jnp.minimum(step.positions, size - 1)
+                tables[spec.rope, size] = rotation(spec.rope, inside, step.lengths)
         return cls(comm, kernels, tap, step, tables)

@@ -286,6 +286,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
         seed: seed that gives the same completion again.
         usage: tokens of prompt and completion.
         logprobs: one entry per token id, where asked for.
+        prompt_logprobs: one entry per token of the prompt, the first None, where asked for.
     """
 
     text: str
@@ -294,6 +295,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     usage: Usage
     logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
 
 def _is_number(value: object) -> bool:

@@ -136,7 +136,7 @@ def sample(logits: Array, positions: Array, sampling: Sampling) -> tuple[Sampled
         logits: float32[B, V].
         positions: int32[B], position in its sequence of the token to be drawn.
     """
-    tokens = _choose(_adjusted(logits, sampling), positions, sampling).astype(jnp.int32)
+    tokens = choose(adjusted(logits, sampling), positions, sampling).astype(jnp.int32)
     is_stop = jnp.any(sampling.stop_ids == tokens[:, None], axis=1)
     stopped = is_stop & (sampling.generated >= sampling.min_tokens)
     after = replace(
@@ -144,10 +144,10 @@ def sample(logits: Array, positions: Array, sampling: Sampling) -> tuple[Sampled
         generated=sampling.generated + 1,
         penalties=_counted(sampling.penalties, tokens),
     )
-    return _reported(logits, tokens, stopped, sampling.num_logprobs), after
+    return reported(logits, tokens, stopped, sampling.num_logprobs), after
 
 
-def _adjusted(logits: Array, sampling: Sampling) -> Array:
+def adjusted(logits: Array, sampling: Sampling) -> Array:
     """Returns logits with bias, minimum length and penalties applied."""
     batch, vocab = logits.shape
     if sampling.bias is not None:
@@ -166,7 +166,7 @@ def _adjusted(logits: Array, sampling: Sampling) -> Array:
     return logits - p.presence[:, None] * drawn.astype(jnp.float32)
 
 
-def _choose(logits: Array, positions: Array, sampling: Sampling) -> Array:
+def choose(logits: Array, positions: Array, sampling: Sampling) -> Array:
     """Returns int[B]: the likeliest token of greedy rows, a drawn one of the others."""
     likeliest = jnp.argmax(logits, axis=-1)
     if sampling.temperature is None:
@@ -203,7 +203,7 @@ def _kept(logits: Array, filters: Filters) -> Array:
     count = jnp.where(filters.top_k > 0, jnp.minimum(filters.top_k, vocab), vocab)
     kept &= largest_until(logits, kept.astype(jnp.float32), count.astype(jnp.float32))
     mass = jnp.where(kept, relative, 0.0)
-    total = jnp.sum(mass, axis=-1)
+    total = row_sum(mass)
     # However small top_p is, as a float32 even zero, the likeliest token stays.
     enough = jnp.maximum(filters.top_p * total, jnp.finfo(jnp.float32).tiny)
     nucleus = largest_until(logits, mass, enough)
@@ -226,7 +226,7 @@ def largest_until(values: Array, weights: Array, target: Array) -> Array:
 
     def reached(threshold: Array) -> Array:
         above = jnp.where(order >= threshold[:, None], weights, 0.0)
-        return jnp.sum(above, axis=-1) >= target
+        return row_sum(above) >= target
 
     def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
@@ -239,10 +239,23 @@ def largest_until(values: Array, weights: Array, target: Array) -> Array:
         jnp.full(values.shape[0], 2**31 - 1, jnp.int32),
     )
     edge = lax.fori_loop(0, 32, halve, start)[0][:, None]
-    above = jnp.sum(jnp.where(order > edge, weights, 0.0), axis=-1, keepdims=True)
+    above = row_sum(jnp.where(order > edge, weights, 0.0))[:, None]
     tied = jnp.where(order == edge, weights, 0.0)
     before = jnp.cumsum(tied, axis=-1) - tied
     return (order > edge) | ((order == edge) & (above + before < target[:, None]))
+
+
+def row_sum(x: Array) -> Array:
+    """Returns float32[B], the sums of rows float32[B, V].
+
+    A row's bits do not depend on the number of rows, which XLA's own sum does not promise: on CPU
+    it changes its order of summation with the size of the array, and dots theirs at one row.
+    """
+    rows = x.shape[0]
+    padded = jnp.pad(x, ((0, 1), (0, 0))) if rows == 1 else x
+    ones = jnp.ones((2, x.shape[1]), x.dtype)
+    sums = lax.dot_general(padded, ones, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
+    return sums[:rows, 0]
 
 
 def _counted(penalties: Penalties | None, tokens: Array) -> Penalties | None:
@@ -252,14 +265,24 @@ def _counted(penalties: Penalties | None, tokens: Array) -> Penalties | None:
     return replace(penalties, counts=penalties.counts.at[rows, tokens].add(1))
 
 
-def _reported(logits: Array, tokens: Array, stopped: Array, count: int | None) -> Sampled:
+def reported(logits: Array, tokens: Array, stopped: Array, count: int | None) -> Sampled:
     """Returns the tokens with the log-probabilities that are asked for."""
     if count is None:
         return Sampled(tokens, stopped)
-    all_logprobs = jax.nn.log_softmax(logits, axis=-1)
+    chosen, top_tokens, top_logprobs = logprobs(logits, tokens, count)
+    return Sampled(tokens, stopped, chosen, top_tokens, top_logprobs)
+
+
+def logprobs(logits: Array, tokens: Array, count: int) -> tuple[Array, Array, Array]:
+    """Returns log-probabilities float32[B] of `tokens`, and the `count` likeliest tokens.
+
+    These are int32[B, count], likeliest first, and their log-probabilities float32[B, count].
+    """
+    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+    all_logprobs = shifted - jnp.log(row_sum(jnp.exp(shifted)))[:, None]
     chosen = jnp.take_along_axis(all_logprobs, tokens[:, None], axis=-1)[:, 0]
     top_logprobs, top_tokens = lax.top_k(all_logprobs, count)
-    return Sampled(tokens, stopped, chosen, top_tokens, top_logprobs)
+    return chosen, top_tokens, top_logprobs
 
 
 def _words(seeds: Sequence[int]) -> Any:
@@ -288,12 +311,15 @@ def _padded(stop_ids: Sequence[Sequence[int]]) -> Any:
 
 
 def _bias(rows: Sequence[SamplingParams], vocab_size: int) -> Any:
-    if not any(p.logit_bias for p in rows):
+    if not any(p.logit_bias or p.allowed_token_ids for p in rows):
         return None
     bias = np.zeros((len(rows), vocab_size), np.float32)
     for row, params in enumerate(rows):
+        if params.allowed_token_ids:
+            bias[row] = -np.inf
+            bias[row, list(params.allowed_token_ids)] = 0.0
         for token, value in params.logit_bias.items():
-            bias[row, token] = value
+            bias[row, token] += value
     return bias
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from jaxserve.completion import CompletionBuilder
-from jaxserve.serving.request import SamplingParams, TokenLogprob, Usage
-from jaxserve.serving.static_batch import Row, RowToken
+from jaxserve.errors import GenerationError
+from jaxserve.serving.request import Request, SamplingParams, TokenEvent, TokenLogprob, Usage
 from jaxserve.tokenizer import Tokenizer
 
 PROMPT = (9, 9, 9)
@@ -20,6 +20,10 @@ def letters(tokenizer_of: Callable[[str], Tokenizer]) -> Tokenizer:
     return tokenizer_of("byte_level")
 
 
+def request(params: SamplingParams) -> Request:
+    return Request(id="r", prompt=PROMPT, params=params)
+
+
 class Run:
     """Pushes the tokens of a text until the builder ends the row, as a loop would."""
 
@@ -27,13 +31,21 @@ class Run:
         stop_token = fields.pop("stop_token", None)
         fields.setdefault("max_tokens", len(ids))
         params = SamplingParams(seed=11, **fields).resolved({})
-        self.builder = CompletionBuilder(tokenizer, Row(PROMPT, params))
+        self.builder = CompletionBuilder(tokenizer, request(params))
         self.pieces: list[str] = []
         for count, token in enumerate(ids, 1):
             stopped = token == stop_token
             last = stopped or count == params.max_tokens
             logprob = None if params.logprobs is None else TokenLogprob(token, -count / 4)
-            self.pieces.append(self.builder.push(RowToken(token, stopped, last, logprob)))
+            event = TokenEvent(
+                "r",
+                0,
+                (token,),
+                finish_reason="stop" if stopped else "length" if last else None,
+                logprobs=None if logprob is None else (logprob,),
+                stop_token=stopped,
+            )
+            self.pieces.append(self.builder.push(event))
             if self.builder.finish_reason is not None:
                 break
         self.num_pushed = len(self.pieces)
@@ -145,9 +157,39 @@ def test_without_a_tokenizer_there_are_tokens_and_no_text() -> None:
     assert completion.finish_reason == "stop"
 
 
-def test_a_row_that_runs_has_no_completion() -> None:
-    builder = CompletionBuilder(None, Row(PROMPT, SamplingParams(max_tokens=2).resolved({})))
-    builder.push(RowToken(1, False, False, None))
+def test_a_completion_that_runs_is_not_there_yet() -> None:
+    builder = CompletionBuilder(None, request(SamplingParams(max_tokens=2, seed=0).resolved({})))
+    builder.push(TokenEvent("r", 0, (1,)))
     assert builder.finish_reason is None
-    with pytest.raises(AssertionError, match="the row still runs"):
+    with pytest.raises(AssertionError, match="still runs"):
         builder.completion()
+
+
+def test_several_tokens_of_one_event_are_taken_in_turn(letters: Tokenizer) -> None:
+    ids = tuple(single_characters(letters, "ab.cd"))
+    params = SamplingParams(max_tokens=9, seed=0, stop=(".",), logprobs=0).resolved({})
+    builder = CompletionBuilder(letters, request(params))
+    logprobs = tuple(TokenLogprob(token, -1.0) for token in ids)
+    assert builder.push(TokenEvent("r", 0, ids, logprobs=logprobs, cached_tokens=2)) == "ab"
+    done = builder.completion()
+    assert (done.finish_reason, done.token_ids) == ("stop", ids[:3])
+    assert builder.num_drawn == 3
+    assert done.usage == Usage(prompt_tokens=3, completion_tokens=3, cached_tokens=2)
+    assert done.logprobs == logprobs[:3]
+
+
+def test_a_failed_request_raises_its_cause() -> None:
+    builder = CompletionBuilder(None, request(SamplingParams(max_tokens=2, seed=0).resolved({})))
+    builder.push(TokenEvent("r", 0, (1,)))
+    builder.push(TokenEvent("r", 0, finish_reason="error", error="the device is gone"))
+    assert builder.finish_reason == "error"
+    with pytest.raises(GenerationError, match="the device is gone"):
+        builder.completion()
+
+
+def test_prompt_logprobs_are_kept() -> None:
+    params = SamplingParams(max_tokens=1, seed=0, prompt_logprobs=0).resolved({})
+    builder = CompletionBuilder(None, request(params))
+    scores = (None, TokenLogprob(9, -0.5), TokenLogprob(9, -0.25))
+    builder.push(TokenEvent("r", 0, (1,), "length", prompt_logprobs=scores))
+    assert builder.completion().prompt_logprobs == scores

@@ -98,8 +98,8 @@ def filled(module: Module, seed: int = 0) -> tuple[Module, Params]:
 
 
 def runtime(step: Step, *specs: LayerSpec, tap: Taps | None = None) -> Runtime:
-    ropes = {spec.attention.rope for spec in specs if spec.attention.rope is not None}
-    return Runtime.begin(step, ropes, LocalComm(), kernel_set("reference"), tap or Taps())
+    attentions = {spec.attention for spec in specs}
+    return Runtime.begin(step, attentions, LocalComm(), kernel_set("reference"), tap or Taps())
 
 
 def sequences(rows: Sequence[Sequence[int]]) -> Step:

@@ -1,0 +1,175 @@
+"""The pool of KV pages on the device, and the cache that one step sees of it.
+
+    pool = KVPool.create(config, geometry, "bfloat16", kernels)
+    cache = PagedCache(pool.layers, batch views ..., geometry)               # inside a step
+    output, cache = forward(model, params, step, cache, comm, kernels, rows)
+
+A sequence has one page table per cache group; layers of a group share it. How keys and values lie
+within a page is the kernels' choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from jaxserve.config import AttentionSpec, CacheSpec, ModelConfig
+from jaxserve.layers.step import Step
+from jaxserve.pallas_kernels import KernelSet
+
+Pages = Any
+"""Pages of one layer: whatever the kernels' `init_pages` returns."""
+
+
+@dataclass(frozen=True)
+class GroupGeometry:
+    """Size of one cache group.
+
+    Attributes:
+        spec: what its layers keep of a token.
+        layers: their indices.
+        num_pages: pages in the pool.
+        table_width: columns of a page table.
+        pinned_pages: leading pages that hold sink tokens.
+    """
+
+    spec: CacheSpec
+    layers: tuple[int, ...]
+    num_pages: int
+    table_width: int
+    pinned_pages: int = 0
+
+
+@dataclass(frozen=True)
+class CacheGeometry:
+    """Sizes of the pool; static in every compiled step."""
+
+    page_size: int
+    groups: tuple[GroupGeometry, ...]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Returns the columns of a page table by group."""
+        return tuple(group.table_width for group in self.groups)
+
+    @property
+    def num_bytes(self) -> int:
+        """Returns the bytes of all pages."""
+        return sum(
+            g.num_pages * self.page_size * g.spec.bytes_per_token * len(g.layers)
+            for g in self.groups
+        )
+
+    def group_of(self, layer: int) -> int:
+        """Returns the index of the group that a layer belongs to."""
+        return next(i for i, group in enumerate(self.groups) if layer in group.layers)
+
+
+def create_pool(config: ModelConfig, geometry: CacheGeometry, kernels: KernelSet) -> list[Pages]:
+    """Returns empty pages, one entry per layer."""
+    pages: list[Pages] = [None] * config.num_layers
+    for group in geometry.groups:
+        for layer in group.layers:
+            pages[layer] = kernels.init_pages(group.num_pages, geometry.page_size, group.spec)
+    return pages
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PagedCache:
+    """The pool as the layers of one step see it.
+
+    Attributes:
+        pages: per layer.
+        tables: per group int32[R, W].
+        row_of_token: int32[T].
+        q_start: int32[R + 1], first token of each row.
+        kv_len: int32[R], tokens of each sequence, this step's included.
+        geometry: sizes.
+        decode_only: every row has one token.
+        positions: int32[T] within a step, -1 at padding.
+    """
+
+    pages: list[Pages]
+    tables: tuple[Array, ...]
+    row_of_token: Array
+    q_start: Array
+    kv_len: Array
+    geometry: CacheGeometry = field(metadata={"static": True})
+    decode_only: bool = field(metadata={"static": True})
+    positions: Array | None = None
+
+    def begin(self, step: Step) -> PagedCache:
+        """Returns the cache with the step's positions."""
+        return replace(self, positions=step.positions)
+
+    def attend(
+        self,
+        layer: int,
+        q: Array,
+        k: Array,
+        v: Array,
+        spec: AttentionSpec,
+        kernels: KernelSet,
+        sink_q: Array | None = None,
+    ) -> tuple[Array, PagedCache]:
+        """Returns (attention of q[T, N, H] over its sequences' pages, the cache with k and v)."""
+        assert self.positions is not None
+        index = self.geometry.group_of(layer)
+        group, table = self.geometry.groups[index], self.tables[index]
+        pages = kernels.write_pages(
+            self.pages[layer],
+            k,
+            v,
+            table,
+            self.row_of_token,
+            self.positions,
+            page_size=self.geometry.page_size,
+            pinned_pages=group.pinned_pages,
+        )
+        out = kernels.paged_attention(
+            q,
+            pages,
+            table,
+            self.q_start,
+            self.kv_len,
+            self.positions,
+            spec,
+            page_size=self.geometry.page_size,
+            pinned_pages=group.pinned_pages,
+            sink_tokens=spec.sink_tokens,
+            q_sink=sink_q,
+            max_query=1 if self.decode_only else None,
+        )
+        after = [*self.pages[:layer], pages, *self.pages[layer + 1 :]]
+        return out, replace(self, pages=after)
+
+    def end(self) -> PagedCache:
+        """Returns the cache without positions."""
+        return replace(self, positions=None)
+
+
+def copy_pages(
+    pages: Sequence[Pages],
+    geometry: CacheGeometry,
+    group: int,
+    source: Array,
+    destination: Array,
+    kernels: KernelSet,
+) -> list[Pages]:
+    """Returns the pool with pages int32[C] of one group copied, in all of its layers."""
+    after = list(pages)
+    for layer in geometry.groups[group].layers:
+        after[layer] = kernels.copy_pages(after[layer], source, destination)
+    return after
+
+
+def padded_copies(pairs: Sequence[tuple[int, int]], size: int) -> tuple[Any, Any]:
+    """Returns (source, destination) int32[size]; padding repeats the first pair."""
+    source, destination = zip(*pairs, *[pairs[0]] * (size - len(pairs)), strict=True)
+    return np.array(source, np.int32), np.array(destination, np.int32)

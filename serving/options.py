@@ -1,0 +1,151 @@
+"""How an engine is sized: what a person may set, and what follows from it for a model.
+
+options = EngineOptions(max_sequences=64, kv_bytes=4 << 30)
+plan = size_cache(config, options, "bfloat16", kv_bytes=4 << 30)        # CacheGeometry
+scheduler_config(options, plan)                                      # SchedulerConfig
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from jaxserve.config import CacheGroup, ModelConfig
+from jaxserve.errors import UsageError
+from jaxserve.serving.kv_cache import CacheGeometry, GroupGeometry
+from jaxserve.serving.pages import table_width
+from jaxserve.serving.scheduler import GroupLimits, SchedulerConfig
+
+DEFAULT_KV_BYTES = 1 << 30
+"""Room for keys and values where neither the user nor the device names one."""
+
+MAX_HISTORY_TOKENS = 1 << 17
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What a person may set of an engine; `docs/engine.md` says what each costs.
+
+    Attributes:
+        max_sequences: sequences that run at once.
+        max_step_tokens: tokens of one step; a longer prompt is read in chunks.
+        page_size: tokens in a page of keys and values: a power of two from 8 to 256.
+        kv_bytes: memory for keys and values; None takes 1 GiB, or less if the model cannot use it.
+        prefix_cache: prompts share the pages of equal beginnings.
+        policy: who is served first: "fcfs" (oldest first) or "fair" (equal shares by client).
+        max_queued_requests, max_queued_tokens: longest queue.
+        max_in_flight: steps that may be under way; 1 waits for each.
+        strict: a step that has to be compiled after `warm_up` is an error.
+    """
+
+    max_sequences: int = 32
+    max_step_tokens: int = 512
+    page_size: int = 16
+    kv_bytes: int | None = None
+    prefix_cache: bool = True
+    policy: str = "fcfs"
+    max_queued_requests: int = 4096
+    max_queued_tokens: int = 4_000_000
+    max_in_flight: int = 2
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_sequences < 1:
+            raise UsageError(f"max_sequences={self.max_sequences} must be at least 1")
+        if self.page_size not in (8, 16, 32, 64, 128, 256):
+            raise UsageError(
+                f"page_size={self.page_size} is not a power of two from 8 to 256; use 16"
+            )
+        least = max(16, self.max_sequences + 1)
+        if self.max_step_tokens < least:
+            raise UsageError(
+                f"max_step_tokens={self.max_step_tokens} leaves no room beside "
+                f"max_sequences={self.max_sequences}; use at least {least}"
+            )
+        if self.policy not in ("fcfs", "fair"):
+            raise UsageError(f"policy={self.policy!r} is unknown; use fcfs or fair")
+        if self.max_in_flight < 1:
+            raise UsageError(f"max_in_flight={self.max_in_flight} must be at least 1")
+
+
+def size_cache(
+    config: ModelConfig, options: EngineOptions, dtype: str, kv_bytes: int | None = None
+) -> CacheGeometry:
+    """Returns the pool for a model: as many tokens as fit, at most what all slots can use.
+
+    Args:
+        dtype: element type of keys and values.
+        kv_bytes: room for the pool; None takes that of the options.
+
+    Raises:
+        UsageError: the room does not hold one sequence of the model's full context.
+    """
+    room = kv_bytes or options.kv_bytes or DEFAULT_KV_BYTES
+    groups = config.cache_groups(dtype)
+    context = config.max_context_tokens
+
+    def geometry(tokens: int) -> CacheGeometry:
+        return CacheGeometry(
+            options.page_size, tuple(_group(g, tokens, context, options) for g in groups)
+        )
+
+    windows = [
+        table_width(
+            options.page_size, None, options.max_step_tokens, g.spec.window, g.spec.sink_tokens
+        )
+        for g in groups
+        if g.spec.window is not None
+    ]
+    if len(windows) == len(groups):  # however long the sequence, no more is kept
+        context = min(context, max(windows) * options.page_size)
+    least = geometry(context).num_bytes
+    if least > room:
+        raise UsageError(
+            f"kv_bytes={room:,} cannot hold one sequence of {context:,} tokens, which takes "
+            f"{least:,} bytes; raise kv_bytes or shorten the model's context"
+        )
+    low, high = context, options.max_sequences * context
+    while low < high:  # the largest number of tokens whose pool fits
+        middle = (low + high + 1) // 2
+        fits = geometry(middle).num_bytes <= room
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return geometry(low)
+
+
+def _group(group: CacheGroup, tokens: int, context: int, options: EngineOptions) -> GroupGeometry:
+    """Returns a group's share of a pool of `tokens` tokens."""
+    size, spec = options.page_size, group.spec
+    width = table_width(size, context, options.max_step_tokens, spec.window, spec.sink_tokens)
+    pages = math.ceil(tokens / size)
+    if spec.window is not None:
+        # Full sequences never need more, however many tokens the other groups hold.
+        pages = min(pages, width * options.max_sequences)
+    pinned = math.ceil(spec.sink_tokens / size)
+    return GroupGeometry(spec, group.layers, max(pages, width), width, pinned)
+
+
+def scheduler_config(
+    options: EngineOptions, geometry: CacheGeometry, max_context_tokens: int | None
+) -> SchedulerConfig:
+    """Returns the scheduler's view of an engine."""
+    policy: Any = options.policy
+    return SchedulerConfig(
+        page_size=geometry.page_size,
+        groups=tuple(
+            GroupLimits(g.num_pages, g.spec.window, g.spec.sink_tokens) for g in geometry.groups
+        ),
+        num_slots=options.max_sequences,
+        max_step_tokens=options.max_step_tokens,
+        max_context_tokens=max_context_tokens,
+        max_in_flight=options.max_in_flight,
+        max_queued_requests=options.max_queued_requests,
+        max_queued_tokens=options.max_queued_tokens,
+        prefix_cache=options.prefix_cache,
+        policy=policy,
+    )
+
+
+def history_tokens(config: ModelConfig) -> int:
+    """Returns how many tokens of a sequence penalties look at."""
+    return min(config.max_context_tokens, MAX_HISTORY_TOKENS)

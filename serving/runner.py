@@ -1,0 +1,367 @@
+"""Runs plans: one executable per shape, the pool and the slots on the device.
+
+    runner = ModelRunner(program, params, geometry, Ladder.of(512, 32), num_slots=32)
+    runner.warm_up()                                   # compiles every shape, in threads
+    ticket = runner.dispatch(plan)                     # returns at once
+    result = runner.collect(ticket)                    # StepResult, when the step is done
+
+A plan may be dispatched before the one before it is collected: the newest tokens, the pool and the
+slots stay on the device. The host mirrors the page tables and sends each step the rows it needs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from jaxserve.errors import JaxserveError
+from jaxserve.layers.decoder import Params
+from jaxserve.serving.batch import Ladder, StepShape, pack
+from jaxserve.serving.generation import Program
+from jaxserve.serving.kv_cache import CacheGeometry, copy_pages, create_pool, padded_copies
+from jaxserve.serving.request import Request, TokenLogprob
+from jaxserve.serving.scheduler import Admission, RowKind, StepPlan
+from jaxserve.serving.slot_state import (
+    NUM_COLUMNS,
+    Needs,
+    SlotState,
+    admit,
+    admit_vocabulary,
+    needs,
+    param_row,
+    vocabulary_rows,
+)
+from jaxserve.serving.step import StepOutput, serving_step
+
+CompileReport = Callable[[str, float], None]
+"""Called with what was compiled and the seconds it took."""
+
+ADMITTED_AT_ONCE = 8
+COPIED_AT_ONCE = 8
+
+
+class Runner(Protocol):
+    """What the engine drives; plans run in the order in which they are dispatched."""
+
+    def dispatch(self, plan: StepPlan) -> Any:
+        """Returns a ticket for a plan's results, without waiting for them."""
+        ...
+
+    def collect(self, ticket: Any) -> StepResult:
+        """Returns the results, once they are there."""
+        ...
+
+    def reset(self) -> None:
+        """Forgets pages and slots, after a step that failed."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepLogprobs:
+    """Log-probabilities of one step, on the host; see `StepOutput`.
+
+    Attributes:
+        rows: rows of the plan that sample.
+        starts: first token of each row.
+        tokens: the prompt's tokens after each token of a row, where they are wanted.
+    """
+
+    output: StepOutput
+    rows: Sequence[int]
+    starts: Sequence[int]
+    tokens: Sequence[Sequence[int]]
+
+    def row(self, index: int, count: int) -> TokenLogprob:
+        """Returns that of the token drawn by the `index`-th sampling row, and the likeliest."""
+        row, o = self.rows[index], self.output
+        top = _top(o.top_tokens[row], o.top_logprobs[row], count)
+        return TokenLogprob(int(o.tokens[row]), float(o.logprobs[row]), top)
+
+    def prompt(self, row: int, count: int) -> list[TokenLogprob]:
+        """Returns those of the prompt's tokens that follow the tokens of a row."""
+        o, out = self.output, []
+        for at, token in enumerate(self.tokens[row], self.starts[row]):
+            top = _top(o.prompt_top_tokens[at], o.prompt_top_logprobs[at], count)
+            out.append(TokenLogprob(token, float(o.prompt_logprobs[at]), top))
+        return out
+
+
+def _top(tokens: Any, logprobs: Any, count: int) -> tuple[tuple[int, float], ...]:
+    return tuple(zip(tokens[:count].tolist(), logprobs[:count].tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Results of one step.
+
+    Attributes:
+        tokens: of the rows that sample, in plan order.
+        ready_s: `time.perf_counter()` when they were there.
+        counts: tokens of each such row; None means one each.
+        logprobs: where a row asked for them.
+    """
+
+    tokens: list[int]
+    ready_s: float
+    counts: list[int] | None = None
+    logprobs: StepLogprobs | None = None
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A step under way."""
+
+    output: StepOutput
+    plan: StepPlan
+    needs: Needs
+    following: list[list[int]]
+
+
+class CompiledLateError(JaxserveError):
+    """A step had to be compiled although serving was ready."""
+
+
+class ModelRunner:
+    """The runner of a model; itself the only writer of pool, slots, tables and executables.
+
+    Args:
+        geometry: sizes of the pool.
+        ladder: shapes of steps.
+        num_slots: running sequences.
+        history_tokens: longest sequence that penalties look at.
+        report: called after each compilation.
+        strict: a compilation after `warm_up` raises.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        params: Params,
+        geometry: CacheGeometry,
+        ladder: Ladder,
+        num_slots: int,
+        history_tokens: int,
+        report: CompileReport | None = None,
+        strict: bool = False,
+    ) -> None:
+        self.program = program
+        self.params = params
+        self.geometry = geometry
+        self.ladder = ladder
+        self.num_slots = num_slots
+        self.compiles_after_ready = 0
+        self._history_tokens = history_tokens
+        self._report = report
+        self._strict = strict
+        self._ready = False
+        self._executables: dict[Any, Any] = {}
+        self._shapes = jax.eval_shape(self._empty)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets pages and slots; the next plan gets empty ones."""
+        self._arrays: tuple[Any, SlotState] | None = None
+        rows = self.num_slots + 1
+        self._tables = [np.zeros((rows, width), np.int32) for width in self.geometry.widths]
+        self._needs: Any = np.zeros(rows, np.int32)
+        self._prompts: dict[int, tuple[int, ...]] = {}
+
+    def _empty(self) -> tuple[Any, SlotState]:
+        """Returns an empty pool and empty slots."""
+        pool = create_pool(self.program.model.config, self.geometry, self.program.kernels)
+        return pool, SlotState.create(self.num_slots, self._history_tokens)
+
+    def dispatch(self, plan: StepPlan) -> Ticket:
+        """Returns a ticket for the plan's results, without waiting for them."""
+        if self._arrays is None:
+            self._arrays = self._empty()
+        self._admit(plan.admissions)
+        for group, writes in enumerate(plan.writes):
+            if writes:
+                slots, columns, pages = zip(*writes, strict=True)
+                self._tables[group][slots, columns] = pages
+        for group, copies in enumerate(plan.copies):
+            self._copy(group, [(source, destination) for _, source, destination in copies])
+        wanted = Needs(int(np.bitwise_or.reduce(self._needs[plan.slots])))
+        following: list[list[int]] = []
+        last: list[int] = []
+        if wanted & Needs.PROMPT_LOGPROBS:
+            following = [self._following(plan, row) for row in range(len(plan.slots))]
+            last = [tokens[-1] if tokens else 0 for tokens in following]
+        shape = self.ladder.fit(sum(plan.counts), len(plan.slots))
+        packed = pack(plan, shape, self._tables, wanted, last)
+        step = self._executable(shape)
+        output, *after = step(self.params, *self._arrays, packed)
+        self._arrays = after[0], after[1]
+        output.tokens.copy_to_host_async()
+        return Ticket(output, plan, wanted, following)
+
+    def collect(self, ticket: Ticket) -> StepResult:
+        """Returns the results, once they are there."""
+        tokens = np.asarray(ticket.output.tokens)
+        ready = time.perf_counter()
+        plan = ticket.plan
+        rows = [row for row, kind in enumerate(plan.kinds) if kind != RowKind.CHUNK]
+        found = tokens[: len(rows)] if len(rows) == len(plan.slots) else tokens[rows]
+        logprobs = None
+        if ticket.needs & (Needs.LOGPROBS | Needs.PROMPT_LOGPROBS):
+            starts = np.cumsum([0, *plan.counts]).tolist()
+            host = jax.device_get(ticket.output)
+            logprobs = StepLogprobs(host, rows, starts, ticket.following)
+        return StepResult(found.tolist(), ready, logprobs=logprobs)
+
+    def update(self, params: Params) -> None:
+        """Takes other weights of the same shapes; nothing is compiled again."""
+        self.params = params
+        self.reset()
+
+    def warm_up(self, advance: Callable[[int], None] = lambda amount: None) -> None:
+        """Compiles everything that serving can need, and counts what is compiled later.
+
+        Args:
+            advance: called with 1 after each of the `num_executables` compilations.
+        """
+        keys = [key for key in self._keys() if key not in self._executables]
+        advance(self.num_executables - len(keys))
+
+        def compiled(key: Any) -> None:
+            self._compile(key)
+            advance(1)
+
+        with ThreadPoolExecutor(max_workers=_COMPILERS) as threads:
+            list(threads.map(compiled, keys))
+        self._ready = True
+
+    @property
+    def array_bytes(self) -> dict[str, int]:
+        """Returns the bytes of what stays on the device: weights, pages and slots."""
+        pages, state = self._shapes
+        trees = {"weights": self.params, "pages": pages, "slots": state}
+        return {
+            name: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
+            for name, tree in trees.items()
+        }
+
+    @property
+    def num_executables(self) -> int:
+        """Returns how many programs `warm_up` has ready."""
+        return len(self._keys())
+
+    def executables(self) -> dict[Any, Any]:
+        """Returns the compiled programs by shape or name."""
+        return dict(self._executables)
+
+    def _keys(self) -> list[Any]:
+        copies = [("copy", group) for group in range(len(self.geometry.groups))]
+        return [*reversed(self.ladder.shapes()), "admit", "vocabulary", *copies]
+
+    def _following(self, plan: StepPlan, row: int) -> list[int]:
+        """Returns the prompt's tokens after each token of a row, if the row asked for them."""
+        slot = plan.slots[row]
+        if slot not in self._prompts or plan.kinds[row] == RowKind.DECODE:
+            return []
+        start = plan.starts[row] + 1
+        return list(self._prompts[slot][start : start + plan.counts[row]])
+
+    def _admit(self, admissions: Sequence[Admission]) -> None:
+        """Uploads the parameters of sequences that get a slot."""
+        for at in range(0, len(admissions), ADMITTED_AT_ONCE):
+            some = admissions[at : at + ADMITTED_AT_ONCE]
+            slots: Any = np.full(ADMITTED_AT_ONCE, self.num_slots, np.int32)
+            slots[: len(some)] = [a.slot for a in some]
+            rows = [param_row(a.request, a.sample_index) for a in some]
+            rows += [np.zeros_like(rows[0])] * (ADMITTED_AT_ONCE - len(some))
+            self._change_state("admit", slots, np.stack(rows))
+        for admission in admissions:
+            slot, request = admission.slot, admission.request
+            self._needs[slot] = needs(request)
+            self._prompts.pop(slot, None)
+            if request.params.prompt_logprobs is not None:
+                self._prompts[slot] = request.prompt
+            if self._needs[slot] & Needs.ADJUST:
+                self._admit_vocabulary(slot, request, admission.tokens)
+
+    def _admit_vocabulary(self, slot: int, request: Request, tokens: Sequence[int]) -> None:
+        rows = vocabulary_rows([request], [tokens], self._history_tokens)
+        slots = np.array([slot], np.int32)
+        self._change_state("vocabulary", slots, rows)
+
+    def _change_state(self, key: str, *uploads: Any) -> None:
+        assert self._arrays is not None
+        pages, state = self._arrays
+        self._arrays = pages, self._executable(key)(state, *uploads)
+
+    def _copy(self, group: int, pairs: Sequence[tuple[int, int]]) -> None:
+        for at in range(0, len(pairs), COPIED_AT_ONCE):
+            some = padded_copies(pairs[at : at + COPIED_AT_ONCE], COPIED_AT_ONCE)
+            assert self._arrays is not None
+            pages, state = self._arrays
+            self._arrays = self._executable(("copy", group))(pages, *some), state
+
+    def _executable(self, key: Any) -> Any:
+        """Returns a compiled program, compiled now if it has to be."""
+        if key not in self._executables:
+            if self._ready:
+                self.compiles_after_ready += 1
+                if self._strict:
+                    raise CompiledLateError(f"{key} was not compiled before serving was ready")
+            self._compile(key)
+        return self._executables[key]
+
+    def _compile(self, key: Any) -> None:
+        began = time.perf_counter()
+        self._executables[key] = self._lowered(key).compile()
+        if self._report is not None:
+            self._report(_label(key), time.perf_counter() - began)
+
+    def _lowered(self, key: Any) -> Any:
+        """Returns the program of a key, lowered from shapes alone."""
+        pages, state = self._shapes
+        if isinstance(key, StepShape):
+            packed = jax.ShapeDtypeStruct((key.size(self.geometry.widths),), np.int32)
+            step = partial(serving_step, self.program, key, self.geometry)
+            jitted = jax.jit(step, donate_argnums=(1, 2))
+            return jitted.lower(_shapes_of(self.params), pages, state, packed)
+        if key == "admit":
+            slots = np.zeros(ADMITTED_AT_ONCE, np.int32)
+            rows = np.zeros((ADMITTED_AT_ONCE, NUM_COLUMNS), np.int32)
+            return jax.jit(admit, donate_argnums=0).lower(state, slots, rows)
+        if key == "vocabulary":
+            rows = vocabulary_rows([], [], self._history_tokens)
+            one = jax.tree.map(lambda a: np.zeros((1, *a.shape[1:]), a.dtype), rows)
+            slots = np.zeros(1, np.int32)
+            return jax.jit(admit_vocabulary, donate_argnums=0).lower(state, slots, one)
+        _, group = key
+        indices = jax.ShapeDtypeStruct((COPIED_AT_ONCE,), np.int32)
+
+        def copy(pages: Any, source: jax.Array, destination: jax.Array) -> Any:
+            kernels = self.program.kernels
+            return copy_pages(pages, self.geometry, group, source, destination, kernels)
+
+        return jax.jit(copy, donate_argnums=0).lower(pages, indices, indices)
+
+
+_COMPILERS = 4
+"""Threads that compile; XLA's compiler runs outside Python's lock."""
+
+
+def _shapes_of(tree: Any) -> Any:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+
+
+def _label(key: Any) -> str:
+    """Returns what a program does, for people."""
+    match key:
+        case StepShape():
+            return f"step: {key}"
+        case "admit" | "vocabulary":
+            return f"upload of sampling parameters ({key})"
+        case _:
+            return f"copy of pages in group {key[1]}"
