@@ -20,54 +20,36 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from jaxserve.errors import JaxserveError, UsageError
-from jaxserve.serving.beam import BeamRules, BeamSearch, Candidate, beam_rules
+from jaxserve.serving.beam import BeamRules, BeamSearch, beam_rules
 from jaxserve.serving.metrics import EngineMetrics, StepTimes
-from jaxserve.serving.request import FinishReason, Request, TokenEvent, TokenLogprob
+from jaxserve.serving.replies import OpenRequest, Sink, StepReading
+from jaxserve.serving.request import FinishReason, Request, TokenEvent
 from jaxserve.serving.runner import Runner, StepResult
 from jaxserve.serving.scheduler import Event, RowKind, Scheduler, SchedulerConfig, StepPlan
 
 _log = logging.getLogger(__name__)
 
-Sink = Callable[[TokenEvent], None]
-"""Takes the events of one request, from the loop: it returns soon and does not block."""
+__all__ = ["Engine", "Sink", "StoppedError"]
 
 
 class StoppedError(JaxserveError):
     """The engine takes no requests: it was stopped, or could not recover from a failure."""
 
 
-@dataclass(slots=True)
-class _Open:
-    """A request under way; the loop alone writes it.
-
-    Attributes:
-        remaining: samples that have not ended; empty when the request is closed.
-        prompt_logprobs: filled while the prompt is read, given with the first event.
-        search: beams of a beam search; `candidates` of the beams that wait for the others.
-    """
-
-    request: Request
-    sink: Sink
-    remaining: set[int]
-    prompt_logprobs: list[TokenLogprob | None] | None = None
-    search: BeamSearch | None = None
-    candidates: dict[int, Sequence[Candidate]] = field(default_factory=dict)
-
-
 class _Abort(NamedTuple):
     """Asks for the end of a request."""
 
-    entry: _Open
+    entry: OpenRequest
 
 
 class _Finish(NamedTuple):
     """Asks for the end of one sample, whose output is cut to `num_tokens`."""
 
-    entry: _Open
+    entry: OpenRequest
     sample_index: int
     num_tokens: int
 
@@ -79,10 +61,10 @@ class _Flight:
     plan: StepPlan
     ticket: Any
     dispatched_s: float
-    scored: list[tuple[int, _Open]]
+    scored: list[tuple[int, OpenRequest]]
 
 
-Delivery = tuple[_Open, TokenEvent]
+Delivery = tuple[OpenRequest, TokenEvent]
 
 
 class Engine:
@@ -108,7 +90,7 @@ class Engine:
         self._clock = clock
         self._guard = threading.Condition()  # over scheduler, open requests and the flags
         self._scheduler = Scheduler(config)
-        self._open: dict[str, _Open] = {}
+        self._open: dict[str, OpenRequest] = {}
         self._inbox: deque[_Abort | _Finish] = deque()
         self._woken = False
         self._closed: str | None = None
@@ -117,7 +99,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         # The loop's own.
         self._in_flight: deque[_Flight] = deque()
-        self._scoring: dict[int, _Open] = {}
+        self._scoring: dict[int, OpenRequest] = {}
         self._times = StepTimes()
 
     # For callers.
@@ -138,7 +120,7 @@ class Engine:
             UsageError: a request of this id is under way, or it asks for what beam search lacks.
             StoppedError: the engine takes no requests.
         """
-        entry = _opened(request, sink, self._beam_rules(request, length_penalty))
+        entry = OpenRequest.create(request, sink, self._beam_rules(request, length_penalty))
         with self._guard:
             if self._closed is not None:
                 raise StoppedError(self._closed)
@@ -383,7 +365,11 @@ class Engine:
                 broken = error
                 self._broken = True
                 self._closed = f"the engine did not recover from a failed step: {_cause(error)}"
-            deliveries = [d for entry in failing for d in self._close(entry, "error", cause)]
+            deliveries = [
+                delivery
+                for entry in failing
+                for delivery in self._close(entry, entry.last_events("error", cause))
+            ]
         self._deliver(deliveries)
         if broken is not None:
             raise broken
@@ -393,9 +379,9 @@ class Engine:
     def _deliveries(
         self, flight: _Flight, result: StepResult, events: Sequence[Event]
     ) -> list[Delivery]:
+        reading = StepReading(flight.plan, result)
         for row, entry in flight.scored:
-            _take_prompt_logprobs(entry, flight.plan, row, result)
-        reading = _Reading(flight.plan, result)
+            entry.score_prompt(row, reading)
         deliveries: list[Delivery] = []
         for event in events:
             entry = self._open.get(event.sequence.request.id)
@@ -403,87 +389,40 @@ class Engine:
                 continue
             if entry.search is not None:
                 deliveries += self._search(entry, entry.search, event, reading)
-            else:
-                deliveries.append((entry, self._event(entry, event, reading)))
+                continue
+            deliveries.append((entry, entry.event(event, reading)))
+            if event.finish_reason is not None:
+                self._ended(entry, event.sequence.sample_index, event.finish_reason)
         return deliveries
 
-    def _event(self, entry: _Open, event: Event, reading: _Reading) -> TokenEvent:
-        """Returns what one sample gained in a step."""
-        sequence, reason, tokens = event.sequence, event.finish_reason, tuple(event.tokens)
-        asked = entry.request.params.logprobs
-        if reason is None and asked is None and entry.prompt_logprobs is None:  # most events
-            index, cached = sequence.sample_index, sequence.cached_tokens
-            return TokenEvent(entry.request.id, index, tokens, cached_tokens=cached)
-        logprobs = None if asked is None else reading.logprobs(event, asked)
-        prompt_logprobs = None
-        if entry.prompt_logprobs is not None:
-            prompt_logprobs, entry.prompt_logprobs = tuple(entry.prompt_logprobs), None
-        if reason is not None:
-            self._ended(entry, sequence.sample_index, reason)
-        return TokenEvent(
-            request_id=entry.request.id,
-            sample_index=sequence.sample_index,
-            token_ids=tokens,
-            finish_reason=reason,
-            logprobs=logprobs,
-            cached_tokens=sequence.cached_tokens,
-            stop_token=reason == "stop" and tokens[-1] in sequence.stop_ids,
-            prompt_logprobs=prompt_logprobs,
-        )
-
     def _search(
-        self, entry: _Open, search: BeamSearch, event: Event, reading: _Reading
+        self, entry: OpenRequest, search: BeamSearch, event: Event, reading: StepReading
     ) -> list[Delivery]:
         """Returns the hypotheses once a beam search is over; its beams step together."""
-        (after,) = reading.logprobs(event, search.rules.num_candidates)
-        entry.candidates[event.sequence.sample_index] = after.top
-        if len(entry.candidates) < len(search.beams):
+        choices = entry.step_beams(search, event, reading)
+        if choices is None:
             return []
-        beams = sorted(entry.candidates)
-        choices = search.step([entry.candidates[beam] for beam in beams])
-        entry.candidates.clear()
-        if not search.done:
-            chosen = [(beams[parent], token) for parent, token in choices]
-            self._scheduler.advance(entry.request.id, chosen)
+        self._scheduler.advance(entry.request.id, choices)
+        if choices:
             return []
-        self._scheduler.abort(entry.request.id)
-        deliveries: list[Delivery] = []
-        for index, found in enumerate(search.finished):
-            pairs = zip(found.beam.tokens, found.beam.logprobs, strict=True)
-            reason = "stop" if found.stopped else "length"
-            final = TokenEvent(
-                request_id=entry.request.id,
-                sample_index=index,
-                token_ids=found.beam.tokens,
-                finish_reason=reason,
-                logprobs=tuple(TokenLogprob(token, logprob) for token, logprob in pairs),
-                cached_tokens=event.sequence.cached_tokens,
-                stop_token=found.stopped,
-            )
-            deliveries.append((entry, final))
-            self._ended(entry, index, reason)
-        # A vocabulary can be too small for as many hypotheses; each sample has its end anyway.
-        return deliveries + self._close(entry, "length")
+        return self._close(entry, entry.hypotheses(search, event.sequence.cached_tokens))
 
-    def _end(self, entry: _Open, reason: FinishReason, error: str | None = None) -> list[Delivery]:
+    def _end(
+        self, entry: OpenRequest, reason: FinishReason, error: str | None = None
+    ) -> list[Delivery]:
         """Returns the last events of a request that ends as a whole; its pages are free."""
         with self._guard:
             self._scheduler.abort(entry.request.id)
-            return self._close(entry, reason, error)
+            return self._close(entry, entry.last_events(reason, error))
 
-    def _close(
-        self, entry: _Open, reason: FinishReason, error: str | None = None
-    ) -> list[Delivery]:
-        """Returns the last event of each sample that has not ended."""
-        last = [
-            TokenEvent(entry.request.id, index, finish_reason=reason, error=error)
-            for index in sorted(entry.remaining)
-        ]
+    def _close(self, entry: OpenRequest, last: Sequence[TokenEvent]) -> list[Delivery]:
+        """Returns the last events of the samples, which end."""
         for event in last:
-            self._ended(entry, event.sample_index, reason)
+            assert event.finish_reason is not None
+            self._ended(entry, event.sample_index, event.finish_reason)
         return [(entry, event) for event in last]
 
-    def _ended(self, entry: _Open, sample_index: int, reason: FinishReason) -> None:
+    def _ended(self, entry: OpenRequest, sample_index: int, reason: FinishReason) -> None:
         """Notes the end of a sample."""
         entry.remaining.discard(sample_index)
         self._times.finished[reason] += 1
@@ -492,7 +431,7 @@ class Engine:
             if not self._open:
                 self._guard.notify_all()
 
-    def _scored(self, plan: StepPlan) -> list[tuple[int, _Open]]:
+    def _scored(self, plan: StepPlan) -> list[tuple[int, OpenRequest]]:
         """Returns rows that read a prompt whose log-probabilities are wanted, with the request."""
         for admission in plan.admissions:
             self._scoring.pop(admission.slot, None)
@@ -510,59 +449,6 @@ class Engine:
             if plan.kinds[row] == RowKind.LAST:
                 del self._scoring[plan.slots[row]]
         return scored
-
-
-class _Reading:
-    """Finds the log-probabilities of a step's rows."""
-
-    def __init__(self, plan: StepPlan, result: StepResult) -> None:
-        self._plan = plan
-        self._result = result
-        self._places: list[int] | None = None
-
-    def logprobs(self, event: Event, count: int) -> tuple[TokenLogprob, ...]:
-        """Returns an entry for each token that a sequence gained, with the `count` likeliest."""
-        source = self._result.logprobs
-        if source is None:
-            raise RuntimeError("the runner gave no log-probabilities to a row that asks for them")
-        if self._places is None:
-            self._places = _places(self._plan, self._result.counts)
-        first = self._places[event.row]
-        return tuple(source.row(first + i, count) for i in range(len(event.tokens)))
-
-
-def _opened(request: Request, sink: Sink, rules: BeamRules | None) -> _Open:
-    """Returns the record of a new request."""
-    scores: list[TokenLogprob | None] | None = None
-    if request.params.prompt_logprobs is not None:
-        scores = [None for _ in request.prompt]
-    if rules is None:
-        return _Open(request, sink, set(range(request.params.n)), scores)
-    return _Open(request, sink, set(range(rules.width)), scores, BeamSearch(rules))
-
-
-def _take_prompt_logprobs(entry: _Open, plan: StepPlan, row: int, result: StepResult) -> None:
-    """Fills in the scores of the tokens that follow a row's query tokens."""
-    scores = entry.prompt_logprobs
-    if scores is None:
-        return
-    if result.logprobs is None:
-        raise RuntimeError("the runner gave no log-probabilities to a row that asks for them")
-    asked = entry.request.params.prompt_logprobs or 0
-    for offset, score in enumerate(result.logprobs.prompt(row, asked)):
-        scores[plan.starts[row] + offset + 1] = score
-
-
-def _places(plan: StepPlan, counts: Sequence[int] | None) -> list[int]:
-    """Returns where each row's tokens begin among a step's tokens."""
-    places: list[int] = []
-    place = sampling = 0
-    for kind in plan.kinds:
-        places.append(place)
-        if kind != RowKind.CHUNK:
-            place += 1 if counts is None else counts[sampling]
-            sampling += 1
-    return places
 
 
 def _cause(error: BaseException) -> str:

@@ -330,6 +330,19 @@ def test_beams_among_other_requests_are_those_found_without_pages(
         assert [event.finish_reason for event in found] == reasons
 
 
+def test_a_search_tells_the_log_probabilities_of_its_prompt_once() -> None:
+    prompt = (3, 1, 4, 1, 5)
+    request = search_for("a", prompt, width=3, max_tokens=4, prompt_logprobs=2)
+    _, runner, events = serve(limits(max_prefill_tokens=2), 23, [request])
+    first, *later = [event.prompt_logprobs for event in events["a"]]
+    assert later == [None, None]
+    assert first is not None
+    assert first[0] is None
+    assert list(first[1:]) == [
+        runner.rule.logprob(runner.rule.peak(prompt[:at]), prompt[at], 2) for at in range(1, 5)
+    ]
+
+
 def test_the_context_ends_a_search() -> None:
     request = search_for("a", (1,) * 28, width=3, max_tokens=20)
     _, _, events = serve(limits(), 23, [request])
