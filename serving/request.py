@@ -190,8 +190,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def __post_init__(self) -> None:
         if not self.prompt:
             raise UsageError("prompt has no tokens; it must have at least 1")
-        if set(map(type, self.prompt)) != {int} or min(self.prompt) < 0:
+        if set(map(type, self.prompt)) != {int}:
             raise UsageError("prompt must hold token ids (integers >= 0)")
+        for token in (min(self.prompt), max(self.prompt)):
+            if not 0 <= token < 2**31:
+                raise UsageError(f"prompt holds {token}; token ids are from 0 to {2**31 - 1}")
         for name in ("seed", "max_tokens"):
             if getattr(self.params, name) is None:
                 raise UsageError(f"{name}=None is undecided; a request needs {name} in its params")

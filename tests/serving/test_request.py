@@ -7,7 +7,14 @@ import msgspec
 import pytest
 
 from jaxserve.errors import UsageError
-from jaxserve.serving.request import Completion, SamplingParams, TokenLogprob, Usage
+from jaxserve.serving.request import (
+    Completion,
+    Request,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprob,
+    Usage,
+)
 
 LIMITS = {
     "n": ("a whole number from 1 to 128", [1, 128], [0, 129, 1.0, True, None, "2"]),
@@ -22,6 +29,7 @@ LIMITS = {
     "max_tokens": ("a whole number >= 1", [1, None], [0, 1.5]),
     "min_tokens": ("a whole number >= 0", [0, None], [-1]),
     "logprobs": ("a whole number from 0 to 20", [0, 20, None], [-1, 21, True]),
+    "prompt_logprobs": ("a whole number from 0 to 20", [0, 20, None], [-1, 21, True]),
 }
 
 
@@ -62,8 +70,13 @@ def test_stop_strings_become_a_tuple(stop: Any) -> None:
     assert SamplingParams(stop=stop).stop == ("end",)
 
 
-def test_stop_token_ids_become_a_tuple() -> None:
-    assert SamplingParams.create(stop_token_ids=[3, 0]).stop_token_ids == (3, 0)
+@pytest.mark.parametrize("name", ["stop_token_ids", "allowed_token_ids"])
+def test_token_ids_become_a_tuple(name: str) -> None:
+    assert getattr(SamplingParams.create(**{name: [3, 0]}), name) == (3, 0)
+
+
+def test_bad_words_become_a_tuple() -> None:
+    assert SamplingParams.create(bad_words="no").bad_words == ("no",)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +89,13 @@ def test_stop_token_ids_become_a_tuple() -> None:
         ({"stop": 3}, "stop=3 must be a list"),
         ({"stop_token_ids": [1, -1]}, r"stop_token_ids=\[1, -1\] must hold token ids"),
         ({"stop_token_ids": 7}, "stop_token_ids=7 must be a list"),
+        ({"stop_token_ids": range(65)}, "stop_token_ids=.* must be a list"),
+        ({"stop_token_ids": [*range(65)]}, "stop_token_ids has 65 token ids; at most 64 are"),
+        ({"allowed_token_ids": [*range(1025)]}, "allowed_token_ids has 1025 token ids; at most"),
+        ({"allowed_token_ids": [True]}, r"allowed_token_ids=\[True\] must hold token ids"),
+        ({"bad_words": ["a"] * 33}, "bad_words has 33 strings; at most 32 are allowed"),
+        ({"bad_words": [""]}, r"bad_words=\[''\] must hold strings of at least one character"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1)}, "logit_bias has 1025 token ids; at most"),
         ({"logit_bias": {-1: 1.0}}, "logit_bias holds -1: 1.0; it maps token ids"),
         ({"logit_bias": {"a": 1.0}}, "logit_bias holds 'a': 1.0; it maps token ids"),
         ({"logit_bias": {1: "a"}}, "logit_bias holds 1: 'a'; it maps token ids"),
@@ -165,3 +185,54 @@ def test_a_completion_survives_the_wire() -> None:
 
 def test_usage_adds_up() -> None:
     assert Usage(prompt_tokens=3, completion_tokens=4).total_tokens == 7
+
+
+DECIDED = SamplingParams(seed=1, max_tokens=4)
+
+
+def test_a_request_survives_the_wire() -> None:
+    request = Request(
+        id="a", prompt=(1, 2), params=DECIDED, stop_ids=(0,), bad_word_ids=((3, 4),), client="c"
+    )
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(request), type=Request) == request
+
+
+def test_the_lists_of_a_request_may_be_full() -> None:
+    words = (tuple(range(8)),) * 32
+    request = Request(id="a", prompt=(2**31 - 1,), params=DECIDED, bad_word_ids=words)
+    assert request.bad_word_ids == words
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": ()}, "prompt has no tokens; it must have at least 1"),
+        ({"prompt": (1, True)}, "prompt must hold token ids"),
+        ({"prompt": (1, 2.0)}, "prompt must hold token ids"),
+        ({"prompt": (1, -1)}, "prompt holds -1; token ids are from 0 to 2147483647"),
+        ({"prompt": (1, 2**31)}, "prompt holds 2147483648; token ids are"),
+        ({"params": SamplingParams(max_tokens=4)}, "seed=None is undecided; a request needs seed"),
+        ({"params": SamplingParams(seed=4)}, "max_tokens=None is undecided"),
+        ({"bad_word_ids": ((1,),) * 33}, "bad_word_ids has 33 entries; at most 32 are allowed"),
+        ({"bad_word_ids": ((),)}, "a bad word has 0 tokens; it must have 1 to 8"),
+        ({"bad_word_ids": (tuple(range(9)),)}, "a bad word has 9 tokens; it must have 1 to 8"),
+        ({"beam_width": 0}, "beam_width=0 is out of range; it must be a whole number from 1"),
+        ({"beam_width": 129}, "beam_width=129 is out of range"),
+        (
+            {"beam_width": 2, "params": SamplingParams(seed=1, max_tokens=4, n=2)},
+            "beam_width=2 with n=2: a beam search is one sample; use n=1",
+        ),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=f"^{message}"):
+        Request(**{"id": "a", "prompt": (1,), "params": DECIDED} | fields)
+
+
+def test_a_token_event_survives_the_wire() -> None:
+    event = TokenEvent("a", 1, (5,), "stop", (TokenLogprob(5, -0.5),), 3, None, True, (None,))
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(event), type=TokenEvent) == event
+
+
+def test_usage_counts_no_cached_tokens_unless_told() -> None:
+    assert Usage(3, 4).cached_tokens == 0
