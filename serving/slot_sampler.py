@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxserve.serving.request import MAX_BAD_WORD_TOKENS
-from jaxserve.serving.sampler import Filters, Penalties, Sampling, adjusted, choose
+from jaxserve.serving.sampler import Filters, Penalties, Sampling, adjusted, choose, first_largest
 from jaxserve.serving.slot_state import NUM_COLUMNS, Column, Needs, SlotState
 
 
@@ -43,13 +43,13 @@ def sample_slots(
     )
 
     def greedy(logits: Array) -> Array:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return first_largest(logits)
 
     def drawn(logits: Array) -> Array:
-        return choose(logits, positions, sampling()).astype(jnp.int32)
+        return choose(logits, positions, sampling())
 
     def filtered(logits: Array) -> Array:
-        return choose(logits, positions, sampling(filters)).astype(jnp.int32)
+        return choose(logits, positions, sampling(filters))
 
     how = jnp.where((needs & Needs.DRAW) > 0, jnp.where((needs & Needs.FILTER) > 0, 2, 1), 0)
     return lax.switch(how, [greedy, drawn, filtered], logits)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
@@ -9,10 +11,17 @@ from jax.typing import DTypeLike
 
 def matmul(x: Array, w: Array, num_inputs: int, orientation: str, dtype: DTypeLike) -> Array:
     """Returns x[T, *inputs] times w as [T, *outputs] in `dtype`; see `reference.matmul`."""
-    left = tuple(range(x.ndim - num_inputs, x.ndim))
-    first = w.ndim - num_inputs if orientation == "out_in" else 0
-    right = tuple(range(first, first + num_inputs))
+    # Several contracted dimensions as one: XLA on CPU would copy the weight in every step.
+    outputs = w.shape[: w.ndim - num_inputs] if orientation == "out_in" else w.shape[num_inputs:]
+    size = math.prod(x.shape[x.ndim - num_inputs :])
+    flat_x = x.reshape(*x.shape[: x.ndim - num_inputs], size)
+    flat_w = w.reshape(*outputs, size) if orientation == "out_in" else w.reshape(size, *outputs)
+    right = flat_w.ndim - 1 if orientation == "out_in" else 0
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return lax.dot_general(
-        x, w, ((left, right), ((), ())), precision=precision, preferred_element_type=dtype
+        flat_x,
+        flat_w,
+        (((flat_x.ndim - 1,), (right,)), ((), ())),
+        precision=precision,
+        preferred_element_type=dtype,
     )
