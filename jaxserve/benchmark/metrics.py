@@ -162,7 +162,7 @@ class Throughput:
 
 @dataclass(frozen=True)
 class KvSample:
-    """The KV cache after one step, in token places of one layer group, all groups added up.
+    """The KV cache after one step: places for a token, those of all layer groups added up.
 
     Attributes:
         time_s: when.
@@ -182,7 +182,7 @@ class KvSample:
 
 @dataclass(frozen=True)
 class KvWaste:
-    """Share of the places that hold nothing, the mean over steps.
+    """Share of the places that hold nothing, the mean over samples.
 
     Attributes:
         paged: unused of the allocated places.

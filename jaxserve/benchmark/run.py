@@ -6,8 +6,9 @@ result.fields()["output_tokens_per_s"]
 
 from __future__ import annotations
 
+import itertools
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -47,16 +48,19 @@ class Job:
     quiet: bool = False
 
 
+SAMPLE_EVERY = 7
+"""Turns of the engine between looks at the cache, which cost as much as a turn's own work.
+
+Pages fill every so many steps, a power of two; an odd number meets all of their states alike.
+"""
+
+
 class Observable(Steppable, Protocol):
-    """An engine that tells what it holds; `serving.engine.Engine` is one."""
+    """An engine that tells what it counted; `serving.engine.Engine` is one."""
 
     @property
     def metrics(self) -> EngineMetrics:
         """Returns what was counted so far."""
-        ...
-
-    def stats(self) -> SchedulerStats:
-        """Returns the scheduler's counts, cheaply enough for every step."""
         ...
 
 
@@ -90,20 +94,21 @@ def observe(
     engine: Observable,
     trace: list[TraceRequest],
     context: int,
-    play: Callable[..., list[Record]] = replay,
+    sample_every: int = SAMPLE_EVERY,
 ) -> tuple[list[Record], list[KvSample]]:
-    """Returns the records of a replay, and the cache's load after each step.
+    """Returns the records of a replay, and the cache's load after every so many turns.
 
     Args:
         context: tokens that an engine without pages would reserve for each sequence.
-        play: replays; another one may bring a clock of its own.
     """
     samples: list[KvSample] = []
+    turns = itertools.count(1)
 
     def look(now_s: float) -> None:
-        samples.append(kv_sample(now_s, engine.stats(), context))
+        if next(turns) % sample_every == 0:
+            samples.append(kv_sample(now_s, engine.metrics.scheduler, context))
 
-    return play(engine, trace, look), samples
+    return replay(engine, trace, look), samples
 
 
 def kv_sample(now_s: float, stats: SchedulerStats, context: int) -> KvSample:
