@@ -28,7 +28,7 @@ class CompileCount:
     def __exit__(self, *exc_info: object) -> None:
         monitoring.unregister_event_duration_listener(self._take)
 
-    def _take(self, event: str, duration_s: float, **details: Any) -> None:
+    def _take(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         if event == COMPILE_EVENT:
             self.total += 1
-            self.seconds += duration_s
+            self.seconds += duration_secs
