@@ -1,7 +1,7 @@
 """Pages found again by the tokens that they hold.
 
     digests: list[bytes] = []
-    extend_digests(digests, tokens, 3, page_size, root_digest(salt=""))
+    extend_digests(digests, tokens, 3, page_size, salt="")
     cache.insert(digests[0], page)
     cache.find(digests[0])                     # the page, or None
 
@@ -21,19 +21,19 @@ from jaxserve.serving.pages import GroupLimits, PageAllocator, pages_of
 DIGEST_BYTES = 16
 
 
-def root_digest(salt: str) -> bytes:
+def _root(salt: str) -> bytes:
     """Returns what the first page's digest builds on."""
     return blake2b(salt.encode(), digest_size=DIGEST_BYTES, person=b"jaxserve prefix").digest()
 
 
 def extend_digests(
-    digests: list[bytes], tokens: Sequence[int], num_pages: int, page_size: int, root: bytes
+    digests: list[bytes], tokens: Sequence[int], num_pages: int, page_size: int, salt: str
 ) -> None:
     """Appends the digests of the pages of `tokens` that are missing up to `num_pages`."""
-    last = digests[-1] if digests else root
+    last = digests[-1] if digests else _root(salt)
     for page in range(len(digests), num_pages):
-        content = array("q", tokens[page * page_size : (page + 1) * page_size])
-        last = blake2b(content, digest_size=DIGEST_BYTES, key=last).digest()
+        content = array("i", tokens[page * page_size : (page + 1) * page_size]).tobytes()
+        last = blake2b(last + content, digest_size=DIGEST_BYTES).digest()
         digests.append(last)
 
 

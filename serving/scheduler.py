@@ -16,7 +16,9 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Items
+from typing import cast
 
 from jaxserve.errors import CapacityError, ContextLengthError, QueueFullError, UsageError
 from jaxserve.serving.pages import GroupLimits, pages_of
@@ -43,6 +45,8 @@ __all__ = [
     "SchedulerStats",
     "StepPlan",
 ]
+
+_Fields = tuple[Sequence, list[int], FinishReason | None, int]
 
 _DECODE, _CHUNK, _LAST = map(int, RowKind)
 
@@ -617,7 +621,8 @@ class Scheduler:
     def _commit_single(self, rows: list[Sequence], tokens: Items[int]) -> list[Event]:
         """Returns the events of DECODE rows with a token each."""
         events: list[Event] = []
-        finished = State.FINISHED
+        add, finished = events.append, State.FINISHED
+        make = cast("Callable[[type[Event], _Fields], Event]", tuple.__new__)
         for row, (sequence, token) in enumerate(zip(rows, tokens, strict=False)):
             if sequence.state is finished:
                 continue
@@ -626,7 +631,7 @@ class Scheduler:
             reason = None
             if token in sequence.stop_ids or len(held) >= sequence.check_at:
                 reason = self._look(sequence)
-            events.append(Event(sequence, [token], reason, row))
+            add(make(Event, (sequence, [token], reason, row)))  # half the time of Event(...)
         return events
 
     def _commit_several(
@@ -680,7 +685,9 @@ class Scheduler:
 
     def _look(self, sequence: Sequence) -> FinishReason | None:
         """Returns why a sequence ends with its newest token; if it goes on, keeps full pages."""
-        self._keep_known(sequence)
+        running = sequence.state is State.RUNNING
+        if running:
+            self._memory[sequence.shard].insert(sequence, len(sequence.tokens) - 1)
         reason: FinishReason | None = None
         if sequence.tokens[-1] in sequence.stop_ids and sequence.num_output > sequence.min_tokens:
             reason = "stop"
@@ -688,7 +695,7 @@ class Scheduler:
             reason = "length"
         if reason is not None:
             self._close(sequence)
-        elif sequence.state is State.RUNNING:
+        elif running:
             self._set_check(sequence)
         return reason
 

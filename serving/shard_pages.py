@@ -9,7 +9,6 @@ from jaxserve.serving.prefix_cache import (
     extend_digests,
     first_visible_page,
     longest_hit,
-    root_digest,
 )
 from jaxserve.serving.sequence import Sequence
 
@@ -111,8 +110,8 @@ class ShardPages:
 
     def _digest(self, sequence: Sequence, num_pages: int) -> None:
         if len(sequence.digests) < num_pages:
-            root = root_digest(sequence.request.salt)
-            extend_digests(sequence.digests, sequence.tokens, num_pages, self.page_size, root)
+            salt = sequence.request.salt
+            extend_digests(sequence.digests, sequence.tokens, num_pages, self.page_size, salt)
 
     def adopt(self, sequence: Sequence, hit: int, plan: StepPlan) -> None:
         """Gives a started sequence the cached pages of its first `hit` tokens."""

@@ -8,7 +8,6 @@ from jaxserve.serving.prefix_cache import (
     extend_digests,
     first_visible_page,
     longest_hit,
-    root_digest,
 )
 
 FULL = GroupLimits(num_pages=8)
@@ -16,7 +15,7 @@ FULL = GroupLimits(num_pages=8)
 
 def digests_of(tokens: list[int], salt: str = "", page_size: int = 2) -> list[bytes]:
     digests: list[bytes] = []
-    extend_digests(digests, tokens, len(tokens) // page_size, page_size, root_digest(salt))
+    extend_digests(digests, tokens, len(tokens) // page_size, page_size, salt)
     return digests
 
 
@@ -47,7 +46,7 @@ def test_digests_extended_in_steps_are_those_made_at_once() -> None:
     tokens = list(range(10))
     digests: list[bytes] = []
     for pages in (1, 1, 3, 5):
-        extend_digests(digests, tokens, pages, 2, root_digest(""))
+        extend_digests(digests, tokens, pages, 2, "")
     assert digests == digests_of(tokens)
 
 

@@ -512,6 +512,7 @@ def test_endless_generation_needs_no_more_pages() -> None:
     scheduler.add(request("a", 10, max_tokens=500))
     held: set[int] = set()
     columns: set[int] = set()
+    events: list[Event] = []
     while (plan := scheduler.schedule()) is not None:
         held.add(scheduler.stats().pages_held[0])
         columns |= {column for _, column, _ in plan.writes[0]}

@@ -559,7 +559,7 @@ def test_random_commands_keep_every_invariant() -> None:
             max_examples=EXAMPLES,
             stateful_step_count=50,
             phases=[Phase.generate, Phase.shrink],
-            suppress_health_check=list(HealthCheck),
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
         ),
     )
     assert SchedulerMachine.commands >= COMMANDS
