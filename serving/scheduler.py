@@ -18,7 +18,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from typing import cast
+from typing import Any, cast
 
 from jaxserve.errors import CapacityError, ContextLengthError, QueueFullError, UsageError
 from jaxserve.serving.pages import GroupLimits, pages_of
@@ -622,7 +622,7 @@ class Scheduler:
         """Returns the events of DECODE rows with a token each."""
         events: list[Event] = []
         add, finished = events.append, State.FINISHED
-        make = cast("Callable[[type[Event], _Fields], Event]", tuple.__new__)
+        make: Callable[[type[Event], _Fields], Event] = cast(Any, tuple).__new__
         for row, (sequence, token) in enumerate(zip(rows, tokens, strict=False)):
             if sequence.state is finished:
                 continue
