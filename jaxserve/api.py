@@ -55,6 +55,17 @@ Message = Mapping[str, str]
 DEFAULT_MAX_TOKENS = 128
 """Length of a completion when neither the request nor the model names one."""
 
+_NEUTRAL_FOR_BEAMS = {
+    "temperature": 0.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "seed": 0,
+    "logprobs": 0,
+}
+"""A search follows log-probabilities: the model's own sampling defaults do not count."""
+
 DTYPES = ("bfloat16", "float32")
 TOKENIZER_FILES = (FAST_FILE, *SENTENCEPIECE_FILES, *OTHER_FILES)
 
@@ -86,7 +97,7 @@ def load(
     show = Show(show)
     path = locate(model)
     info = inspect(path)
-    declare = Declare.best(jax.default_backend(), _dtype(dtype, info.dtype))
+    declare = Declare.best(jax.default_backend(), run_dtype(dtype, info.dtype))
     kernel_set(backend)  # an unknown backend is refused before gigabytes are read
     params = load_params(info, Model(info.config, declare), progress=reporter(show))
     return LLM(
@@ -232,6 +243,43 @@ class LLM:
             raise UsageError(f"n={params.n} cannot be streamed; use n=1 or generate")
         return TextStream(self, self._request(prompt, params))
 
+    def beam_search(
+        self,
+        prompt: Prompt,
+        width: int = 4,
+        length_penalty: float = 1.0,
+        sampling: SamplingParams | None = None,
+        **fields: Any,
+    ) -> list[Completion]:
+        """Returns the `width` best completions that a beam search finds, best first.
+
+        As Hugging Face's with `early_stopping=False`. The beams share the pages of their common
+        tokens. The log-probabilities that order the completions are in `logprobs`.
+
+        Args:
+            width: beams, up to 10.
+            length_penalty: power of the length that divides a completion's log-probability; above
+                0 favours long completions.
+            sampling: its `max_tokens`, `min_tokens` and `stop_token_ids` count; or as keywords.
+
+        Raises:
+            UsageError: a sampling parameter has no meaning for beams; the message names it.
+        """
+        if not is_single(prompt):
+            raise UsageError("beam_search takes one prompt")
+        if width < 2:
+            raise UsageError(f"width={width} is no beam search; use at least 2, or generate")
+        (params,) = _per_prompt(sampling, fields, 1)
+        for name, neutral in _NEUTRAL_FOR_BEAMS.items():
+            if (asked := getattr(params, name)) not in (None, neutral):
+                raise UsageError(f"{name}={asked!r} has no effect on beams; leave it out")
+        params = msgspec.structs.replace(params, **_NEUTRAL_FOR_BEAMS)
+        request = self._request(
+            prompt, params, beam_width=width, length_penalty=float(length_penalty)
+        )
+        (done,) = _Batch(self, [request]).run()
+        return done
+
     def chat(
         self,
         messages: Sequence[Message],
@@ -371,10 +419,13 @@ class _Batch:
         self._requests = requests
         self._waiting = deque(requests)
         self._builders = {
-            request.id: [CompletionBuilder(llm.tokenizer, request) for _ in range(request.params.n)]
+            request.id: [
+                CompletionBuilder(llm.tokenizer, request)
+                for _ in range(max(request.params.n, request.beam_width))
+            ]
             for request in requests
         }
-        self._num_running = sum(request.params.n for request in requests)
+        self._num_running = sum(map(len, self._builders.values()))
 
     def run(self) -> list[list[Completion]]:
         """Returns the completions of each request, in order."""
@@ -488,7 +539,7 @@ def sampling_defaults(defaults: GenerationDefaults) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _dtype(asked: str | None, stored: str) -> str:
+def run_dtype(asked: str | None, stored: str) -> str:
     """Returns the dtype to run in: the one asked for, or that of the checkpoint if we run it.
 
     Raises:

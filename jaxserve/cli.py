@@ -1,4 +1,4 @@
-"""The command line: `jaxserve generate | chat | info | convert`.
+"""The command line: `jaxserve generate | chat | bench | compile | info | convert`.
 
 Results go to standard output, everything else to standard error. Exit codes: 0, 1 (failed),
 2 (bad usage). Heavy modules are imported by the command that needs them.
@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jaxserve.benchmark.cli import app as bench
 from jaxserve.errors import JaxserveError, UsageError
 
 if TYPE_CHECKING:
     from jaxserve.api import LLM, TextStream
+    from jaxserve.serving.options import EngineOptions
 
 app = typer.Typer(
     name="jaxserve",
@@ -29,6 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench, name="bench")
 
 ModelOption = Annotated[
     str,
@@ -182,9 +185,54 @@ def chat(
         messages.append({"role": "assistant", "content": stream.completion.text})
 
 
+MaxSequencesOption = Annotated[int, typer.Option(help="sequences that run at once")]
+MaxStepTokensOption = Annotated[int, typer.Option(help="tokens of one step")]
+KvMibOption = Annotated[
+    int | None, typer.Option("--kv-mib", help="memory for keys and values, in MiB")
+]
+
+
+@app.command(name="compile")
+def compile_ahead(
+    model: ModelOption = "tiny",
+    dtype: DtypeOption = None,
+    backend: BackendOption = "xla",
+    max_sequences: MaxSequencesOption = 32,
+    max_step_tokens: MaxStepTokensOption = 512,
+    kv_mib: KvMibOption = None,
+    json_output: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Fill the cache of compiled programs for an engine, ahead of time; reads no weights."""
+    from jaxserve.ahead import engine_ahead
+    from jaxserve.compile_cache import directory
+    from jaxserve.progress import Show, Unit, reporter
+
+    options = _engine_options(max_sequences, max_step_tokens, kv_mib)
+    runner = engine_ahead(model, dtype, backend, options).runner
+    began = time.perf_counter()
+    progress = reporter(Show.SILENT if quiet else Show.AUTO)
+    with progress.task("compiling", runner.num_executables, Unit.ITEMS) as advance:
+        runner.warm_up(advance)
+    seconds = time.perf_counter() - began
+    if json_output:
+        fields = {"programs": runner.num_executables, "cache": str(directory())}
+        _print_json(fields | {"seconds": round(seconds, 2)})
+    else:
+        typer.echo(f"{runner.num_executables} programs in {seconds:.1f} s, kept in {directory()}")
+
+
 @app.command()
 def info(
     model: ModelOption = "tiny",
+    serve: Annotated[
+        bool, typer.Option("--serve", help="the memory an engine takes, from the compiler")
+    ] = False,
+    dtype: DtypeOption = None,
+    backend: BackendOption = "xla",
+    max_sequences: MaxSequencesOption = 32,
+    max_step_tokens: MaxStepTokensOption = 512,
+    kv_mib: KvMibOption = None,
     json_output: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Describe a checkpoint: architecture, parameters, memory, cache; reads no weights."""
@@ -192,6 +240,10 @@ def info(
     from jaxserve.checkpoint.locate import locate
     from jaxserve.info import describe, table
 
+    if serve:
+        options = _engine_options(max_sequences, max_step_tokens, kv_mib)
+        _print_memory(model, dtype, backend, options, json_output)
+        return
     facts = describe(inspect(locate(model)))
     if json_output:
         _print_json(facts)
@@ -212,6 +264,34 @@ def convert(
 
     convert_checkpoint(locate(source), out, reporter(Show.SILENT if quiet else Show.AUTO))
     typer.echo(out)
+
+
+def _engine_options(max_sequences: int, max_step_tokens: int, kv_mib: int | None) -> EngineOptions:
+    from jaxserve.serving.options import EngineOptions
+
+    kv_bytes = None if kv_mib is None else kv_mib << 20
+    return EngineOptions(
+        max_sequences=max_sequences, max_step_tokens=max_step_tokens, kv_bytes=kv_bytes
+    )
+
+
+def _print_memory(
+    model: str, dtype: str | None, backend: str, options: EngineOptions, as_json: bool
+) -> None:
+    """Prints the memory plan of an engine and what it has room for."""
+    from dataclasses import asdict
+
+    from jaxserve.ahead import engine_ahead
+    from jaxserve.serving.memory_plan import device_memory, memory_plan
+
+    runner = engine_ahead(model, dtype, backend, options).runner
+    runner.compile_largest()
+    plan = memory_plan(runner, device_memory())
+    room = runner.geometry.num_tokens
+    if as_json:
+        _print_json(asdict(plan) | {"total_bytes": plan.total_bytes, "kv_tokens": room})
+    else:
+        typer.echo(f"{plan.table()}\nroom for {room:,} tokens of {options.max_sequences} sequences")
 
 
 def _load(model: str, dtype: str | None, backend: str, quiet: bool) -> LLM:

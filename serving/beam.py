@@ -55,12 +55,11 @@ class BeamRules(msgspec.Struct, frozen=True, kw_only=True):
         return self.width + max(self.width, len(self.stop_ids))
 
 
-def beam_rules(request: Request, length_penalty: float = 1.0, room: int | None = None) -> BeamRules:
+def beam_rules(request: Request, room: int | None = None) -> BeamRules:
     """Returns the rules of a request's search.
 
     Args:
         request: with a beam width.
-        length_penalty: see `BeamRules`.
         room: tokens that the context leaves for output.
 
     Raises:
@@ -82,7 +81,7 @@ def beam_rules(request: Request, length_penalty: float = 1.0, room: int | None =
         max_tokens=most if room is None else min(most, room),
         min_tokens=params.min_tokens or 0,
         stop_ids=frozenset(request.stop_ids).union(params.stop_token_ids),
-        length_penalty=length_penalty,
+        length_penalty=request.length_penalty,
     )
     if rules.num_candidates > MAX_LOGPROBS:
         raise UsageError(

@@ -16,7 +16,14 @@ from jaxserve.layers.decoder import Params
 from jaxserve.serving.batch import Ladder
 from jaxserve.serving.engine import Engine
 from jaxserve.serving.generation import Program
-from jaxserve.serving.options import EngineOptions, history_tokens, scheduler_config, size_cache
+from jaxserve.serving.memory_plan import device_memory, memory_plan
+from jaxserve.serving.options import (
+    DEFAULT_KV_BYTES,
+    EngineOptions,
+    history_tokens,
+    scheduler_config,
+    size_cache,
+)
 from jaxserve.serving.runner import CompileReport, ModelRunner
 
 
@@ -40,19 +47,10 @@ class ModelEngine:
         Args:
             report: called after each compilation.
         """
-        config = program.model.config
-        geometry = size_cache(config, options, program.model.declare.dtype)
-        runner = ModelRunner(
-            program,
-            params,
-            geometry,
-            Ladder.of(options.max_step_tokens, options.max_sequences),
-            options.max_sequences,
-            history_tokens(config),
-            report,
-            options.strict,
-        )
-        scheduling = scheduler_config(options, geometry, config.max_context_tokens)
+        room = options.kv_bytes or _room_on_device(program, params, options, device_memory())
+        runner = _runner(program, params, options, room, report)
+        context = program.model.config.max_context_tokens
+        scheduling = scheduler_config(options, runner.geometry, context)
         return cls(Engine(runner, scheduling), runner)
 
     def update(self, params: Params) -> None:
@@ -65,3 +63,48 @@ class ModelEngine:
             raise UsageError("requests are under way; update the weights between requests")
         self.runner.update(params)
         self.engine.reset()
+
+
+def _runner(
+    program: Program,
+    params: Params,
+    options: EngineOptions,
+    kv_bytes: int,
+    report: CompileReport | None = None,
+) -> ModelRunner:
+    config = program.model.config
+    return ModelRunner(
+        program,
+        params,
+        size_cache(config, options, program.model.declare.dtype, kv_bytes),
+        Ladder.of(options.max_step_tokens, options.max_sequences),
+        options.max_sequences,
+        history_tokens(config),
+        report,
+        options.strict,
+    )
+
+
+def _room_on_device(
+    program: Program, params: Params, options: EngineOptions, device_bytes: int | None
+) -> int:
+    """Returns the bytes for keys and values: what weights, steps and the reserve leave.
+
+    What a step needs besides hardly depends on the size of the pool, so it is read off the largest
+    step over a pool of the default size.
+
+    Raises:
+        UsageError: nothing is left.
+    """
+    if device_bytes is None:
+        return DEFAULT_KV_BYTES
+    runner = _runner(program, params, options, DEFAULT_KV_BYTES)
+    runner.compile_largest()
+    plan = memory_plan(runner, device_bytes)
+    room = device_bytes - (plan.total_bytes - plan.kv_bytes)
+    if room <= 0:
+        raise UsageError(
+            f"the device has {device_bytes:,} bytes and the model takes {device_bytes - room:,} "
+            "besides keys and values; use more devices, a smaller dtype or fewer max_step_tokens"
+        )
+    return room

@@ -104,15 +104,12 @@ class Engine:
 
     # For callers.
 
-    def submit(self, request: Request, sink: Sink, *, length_penalty: float = 1.0) -> None:
+    def submit(self, request: Request, sink: Sink) -> None:
         """Queues a request, whose events `sink` will take.
 
         A sample has at most one event a step, and the last one has a finish reason. A beam search
         gives its `beam_width` hypotheses when it is over, best first: one event each, with all
         tokens, and in `logprobs` those whose sum orders them.
-
-        Args:
-            length_penalty: of a beam search; see `BeamRules`.
 
         Raises:
             QueueFullError: too many requests or tokens wait.
@@ -120,7 +117,7 @@ class Engine:
             UsageError: a request of this id is under way, or it asks for what beam search lacks.
             StoppedError: the engine takes no requests.
         """
-        entry = OpenRequest.create(request, sink, self._beam_rules(request, length_penalty))
+        entry = OpenRequest.create(request, sink, self._beam_rules(request))
         with self._guard:
             if self._closed is not None:
                 raise StoppedError(self._closed)
@@ -221,12 +218,12 @@ class Engine:
         self._woken = True
         self._guard.notify_all()
 
-    def _beam_rules(self, request: Request, length_penalty: float) -> BeamRules | None:
+    def _beam_rules(self, request: Request) -> BeamRules | None:
         context = self._config.max_context_tokens
         if request.beam_width == 1:
             return None
         room = None if context is None else context - len(request.prompt)
-        return beam_rules(request, length_penalty, room)
+        return beam_rules(request, room)
 
     # The loop.
 

@@ -58,6 +58,11 @@ class CacheGeometry:
         return tuple(group.table_width for group in self.groups)
 
     @property
+    def num_tokens(self) -> int:
+        """Returns the tokens that the group with the most pages holds."""
+        return max(group.num_pages for group in self.groups) * self.page_size
+
+    @property
     def num_bytes(self) -> int:
         """Returns the bytes of all pages."""
         return sum(

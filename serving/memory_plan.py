@@ -48,6 +48,20 @@ class MemoryPlan:
         parts = (self.weights_bytes, self.kv_bytes, self.slot_bytes, self.temporary_bytes)
         return sum(parts) + self.reserve_bytes
 
+    def table(self) -> str:
+        """Returns the plan as aligned lines for people."""
+        lines = [
+            ("weights", self.weights_bytes),
+            ("keys and values", self.kv_bytes),
+            ("running sequences", self.slot_bytes),
+            ("largest step", self.temporary_bytes),
+            ("reserve", self.reserve_bytes),
+            ("total", self.total_bytes),
+        ]
+        if self.device_bytes is not None:
+            lines.append(("device", self.device_bytes))
+        return "\n".join(f"{name:<18}{count / 2**20:>12,.1f} MiB" for name, count in lines)
+
 
 def memory_plan(runner: ModelRunner, device_bytes: int | None = None) -> MemoryPlan:
     """Returns the plan of a runner, from the programs that it has compiled."""

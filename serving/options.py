@@ -1,8 +1,10 @@
 """How an engine is sized: what a person may set, and what follows from it for a model.
 
-options = EngineOptions(max_sequences=64, kv_bytes=4 << 30)
-plan = size_cache(config, options, "bfloat16", kv_bytes=4 << 30)        # CacheGeometry
-scheduler_config(options, plan)                                      # SchedulerConfig
+    options = EngineOptions(max_sequences=64)
+    geometry = size_cache(config, options, "bfloat16", kv_bytes=4 << 30)      # CacheGeometry
+    scheduler_config(options, geometry, config.max_context_tokens)         # SchedulerConfig
+
+What is not set follows from the model and the device.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class EngineOptions:
         max_sequences: sequences that run at once.
         max_step_tokens: tokens of one step; a longer prompt is read in chunks.
         page_size: tokens in a page of keys and values: a power of two from 8 to 256.
-        kv_bytes: memory for keys and values; None takes 1 GiB, or less if the model cannot use it.
+        kv_bytes: memory for keys and values, of which no more is taken than all sequences can use;
+            None takes what the device has left, and 1 GiB on a CPU.
         prefix_cache: prompts share the pages of equal beginnings.
         policy: who is served first: "fcfs" (oldest first) or "fair" (equal shares by client).
         max_queued_requests, max_queued_tokens: longest queue.
@@ -70,18 +73,17 @@ class EngineOptions:
 
 
 def size_cache(
-    config: ModelConfig, options: EngineOptions, dtype: str, kv_bytes: int | None = None
+    config: ModelConfig, options: EngineOptions, dtype: str, kv_bytes: int
 ) -> CacheGeometry:
     """Returns the pool for a model: as many tokens as fit, at most what all slots can use.
 
     Args:
         dtype: element type of keys and values.
-        kv_bytes: room for the pool; None takes that of the options.
+        kv_bytes: room for the pool.
 
     Raises:
         UsageError: the room does not hold one sequence of the model's full context.
     """
-    room = kv_bytes or options.kv_bytes or DEFAULT_KV_BYTES
     groups = config.cache_groups(dtype)
     context = config.max_context_tokens
 
@@ -100,15 +102,15 @@ def size_cache(
     if len(windows) == len(groups):  # however long the sequence, no more is kept
         context = min(context, max(windows) * options.page_size)
     least = geometry(context).num_bytes
-    if least > room:
+    if least > kv_bytes:
         raise UsageError(
-            f"kv_bytes={room:,} cannot hold one sequence of {context:,} tokens, which takes "
+            f"kv_bytes={kv_bytes:,} cannot hold one sequence of {context:,} tokens, which takes "
             f"{least:,} bytes; raise kv_bytes or shorten the model's context"
         )
     low, high = context, options.max_sequences * context
     while low < high:  # the largest number of tokens whose pool fits
         middle = (low + high + 1) // 2
-        fits = geometry(middle).num_bytes <= room
+        fits = geometry(middle).num_bytes <= kv_bytes
         low, high = (middle, high) if fits else (low, middle - 1)
     return geometry(low)
 

@@ -175,6 +175,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         client: whose share of the machine this takes, under fair queueing.
         salt: prompts share cached pages only with those of the same salt.
         beam_width: above 1 the request is a beam search of this many beams.
+        length_penalty: of a beam search, the power of the length that a hypothesis' summed
+            log-probability is divided by; above 0 favours long hypotheses.
     """
 
     id: str
@@ -186,6 +188,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     client: str = ""
     salt: str = ""
     beam_width: int = 1
+    length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -213,6 +216,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 f"beam_width={self.beam_width} is out of range; "
                 f"it must be a whole number from 1 to {MAX_N}"
             )
+        if not math.isfinite(self.length_penalty):
+            raise UsageError(f"length_penalty={self.length_penalty} is no finite number; use 1.0")
         if self.beam_width > 1 and self.params.n > 1:
             raise UsageError(
                 f"beam_width={self.beam_width} with n={self.params.n}: a beam search is one "

@@ -239,6 +239,12 @@ class ModelRunner:
             list(threads.map(compiled, keys))
         self._ready = True
 
+    def compile_largest(self) -> None:
+        """Compiles the step with the most tokens, which needs the most memory."""
+        self._executable(
+            max(self.ladder.shapes(), key=lambda shape: (shape.num_tokens, shape.num_rows))
+        )
+
     @property
     def array_bytes(self) -> dict[str, int]:
         """Returns the bytes of what stays on the device: weights, pages and slots."""

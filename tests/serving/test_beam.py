@@ -7,6 +7,7 @@ from functools import cache
 from itertools import product
 from typing import Any
 
+import msgspec
 import pytest
 
 from jaxserve.errors import UsageError
@@ -252,7 +253,8 @@ def serve(
     events: dict[str, list[TokenEvent]] = {}
     for request in requests:
         events[request.id] = []
-        engine.submit(request, events[request.id].append, length_penalty=penalty)
+        request = msgspec.structs.replace(request, length_penalty=penalty)
+        engine.submit(request, events[request.id].append)
     while engine.step():
         engine._scheduler.check()
     assert sum(engine.metrics.scheduler.pages_held) == 0
@@ -277,7 +279,7 @@ def test_the_engine_finds_the_best_of_everything_that_can_be_said(penalty: float
     prompt = (3, 1, 4)
     request = search_for("a", prompt, width=10, max_tokens=3, stop_ids=(0,))
     _, runner, events = serve(limits(num_slots=10), 5, [request], penalty)
-    rules = beam_rules(request, penalty)
+    rules = beam_rules(msgspec.structs.replace(request, length_penalty=penalty))
     everything = sorted(every_ending(rules, after_prompt(runner, prompt), 5), reverse=True)
     found = events["a"]
     assert found[0].token_ids == everything[0][1]
