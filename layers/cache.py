@@ -1,11 +1,11 @@
 """What attention sees of earlier tokens.
 
-`DenseCache` is the plain form: one row per sequence, one slot per token, every row writing the
-same slot. Slots carry positions, so rows of different length share a batch: a slot whose
-position is -1 is never attended.
+`DenseCache` is the plain form: one row per sequence, the token of position p in place p of its
+row, so rows of different length share a batch. A token whose position is -1 is padding and kept
+nowhere.
 
-    cache = DenseCache.create(config, batch=2, slots=256, dtype="bfloat16")
-    cache = cache.begin(step)                               # this step's tokens get their slots
+    cache = DenseCache.create(config, batch=2, slots=256, dtype="bfloat16", kernels=kernels)
+    cache = cache.begin(step)                               # this step's tokens get their places
     out, cache = cache.attend(layer, q, k, v, spec, kernels)      # in every layer
     cache = cache.end()
 """
@@ -13,15 +13,19 @@ position is -1 is never attended.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from jaxserve.config import AttentionSpec, ModelConfig, cache_spec
+from jaxserve.errors import UnsupportedError
 from jaxserve.layers.step import Step
 from jaxserve.pallas_kernels import KernelSet
+
+PAGE_SIZE = 128
+"""Places of a row come in such numbers."""
 
 
 class Cache(Protocol):
@@ -86,6 +90,7 @@ class NoCache:
     ) -> tuple[Array, NoCache]:
         """Returns (causal attention within each sequence, itself)."""
         assert self.positions is not None
+        _check_sinks(spec, self.positions.shape[1])
         out = kernels.attention(
             _by_sequence(q, self.batch),
             _heads_first(k, self.batch),
@@ -105,39 +110,35 @@ class NoCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DenseCache:
-    """Keys and values of a batch of sequences in arrays of fixed length.
+    """Keys and values of a batch of sequences of fixed greatest length, by position.
+
+    It lies in pages that are given out in advance, so that a token's attention has the bits that
+    it has when pages are given out as they are needed.
 
     Attributes:
-        keys, values: one [B, K, S, H] per layer.
-        slot_positions: int32[B, S], position of the token in each slot, -1 where empty.
-        slot: int32[], first free slot, the same for all rows.
-        pending: tokens per row of the step under way.
-        empty: nothing is stored yet, so a step sees only its own tokens.
+        pages: per layer, as the kernels keep them.
+        table: int32[B, W], pages of each row.
+        positions: int32[B * L] of the step under way.
     """
 
-    keys: tuple[Array, ...]
-    values: tuple[Array, ...]
-    slot_positions: Array
-    slot: Array
-    pending: int = field(default=0, metadata={"static": True})
-    empty: bool = field(default=True, metadata={"static": True})
+    pages: tuple[Any, ...]
+    table: Array
+    positions: Array | None = None
 
     @classmethod
-    def create(cls, config: ModelConfig, batch: int, slots: int, dtype: str) -> DenseCache:
-        """Returns an empty cache for `batch` sequences of at most `slots` tokens."""
-
-        def zeros() -> tuple[Array, ...]:
-            specs = (cache_spec(layer.attention, dtype) for layer in config.layers)
-            shapes = (spec.token_shape for spec in specs)
-            return tuple(jnp.zeros((batch, heads, slots, head), dtype) for _, heads, head in shapes)
-
-        return cls(zeros(), zeros(), jnp.full((batch, slots), -1, jnp.int32), jnp.int32(0))
+    def create(
+        cls, config: ModelConfig, batch: int, slots: int, dtype: str, kernels: KernelSet
+    ) -> DenseCache:
+        """Returns an empty cache for `batch` sequences of at least `slots` tokens."""
+        width = -(-slots // PAGE_SIZE)
+        table = jnp.arange(batch * width, dtype=jnp.int32).reshape(batch, width)
+        specs = (cache_spec(layer.attention, dtype) for layer in config.layers)
+        pages = tuple(kernels.init_pages(table.size, PAGE_SIZE, spec) for spec in specs)
+        return cls(pages, table)
 
     def begin(self, step: Step) -> DenseCache:
-        """Returns the cache with the step's positions in the next free slots."""
-        positions = step.positions.reshape(self.slot_positions.shape[0], -1)
-        marked = lax.dynamic_update_slice(self.slot_positions, positions, (0, self.slot))
-        return replace(self, slot_positions=marked, pending=positions.shape[1])
+        """Returns the cache with the step's positions, a row's tokens in order."""
+        return replace(self, positions=step.positions)
 
     def attend(
         self,
@@ -149,38 +150,51 @@ class DenseCache:
         kernels: KernelSet,
         sink_q: Array | None = None,
     ) -> tuple[Array, DenseCache]:
-        """Returns (attention of q over all slots up to its position, the cache)."""
-        batch = self.slot_positions.shape[0]
-        new_k, new_v = _heads_first(k, batch), _heads_first(v, batch)
-        at = (0, 0, self.slot, 0)
-        keys = lax.dynamic_update_slice(self.keys[layer], new_k.astype(self.keys[layer].dtype), at)
-        values = lax.dynamic_update_slice(
-            self.values[layer], new_v.astype(self.values[layer].dtype), at
+        """Returns (attention of q over its row up to its position, the cache with k and v)."""
+        assert self.positions is not None
+        batch = self.table.shape[0]
+        length = q.shape[0] // batch
+        row = jnp.arange(batch + 1, dtype=jnp.int32)
+        pages = kernels.write_pages(
+            self.pages[layer],
+            k,
+            v,
+            self.table,
+            jnp.repeat(row[:-1], length),
+            self.positions,
+            page_size=PAGE_SIZE,
         )
-        own = lax.dynamic_slice_in_dim(self.slot_positions, self.slot, self.pending, 1)
-        stored = keys, values, own, self.slot_positions
-        seen = (new_k, new_v, own, own) if self.empty else stored
-        out = kernels.attention(_by_sequence(q, batch), *seen, spec, own=self.empty)
-        after = replace(
-            self,
-            keys=_replaced(self.keys, layer, keys),
-            values=_replaced(self.values, layer, values),
+        out = kernels.paged_attention(
+            q,
+            pages,
+            self.table,
+            row * length,
+            jnp.max(self.positions.reshape(batch, length), axis=1) + 1,
+            self.positions,
+            spec,
+            page_size=PAGE_SIZE,
+            sink_tokens=spec.sink_tokens,
+            q_sink=sink_q,
+            max_query=length,
         )
-        return out.reshape(q.shape), after
+        return out, replace(self, pages=_replaced(self.pages, layer, pages))
 
     def end(self) -> DenseCache:
-        """Returns the cache with the step's slots taken."""
-        return replace(self, slot=self.slot + self.pending, pending=0, empty=False)
+        """Returns the cache without positions."""
+        return replace(self, positions=None)
 
-    def grown(self, slots: int) -> DenseCache:
-        """Returns the cache with room for `slots` tokens a row, the new slots empty."""
-        extra = slots - self.slot_positions.shape[1]
-        pad = ((0, 0), (0, 0), (0, extra), (0, 0))
-        return replace(
-            self,
-            keys=tuple(jnp.pad(k, pad) for k in self.keys),
-            values=tuple(jnp.pad(v, pad) for v in self.values),
-            slot_positions=jnp.pad(self.slot_positions, ((0, 0), (0, extra)), constant_values=-1),
+
+def _check_sinks(spec: AttentionSpec, num_tokens: int) -> None:
+    """Checks that sequences end before the window leaves the sink tokens behind.
+
+    Raises:
+        UnsupportedError: they do not.
+    """
+    if spec.sink_tokens and spec.window is not None and num_tokens > spec.window:
+        raise UnsupportedError(
+            f"sequences of {num_tokens} tokens are longer than the window of {spec.window}, and "
+            f"only the engine keeps sink_tokens={spec.sink_tokens} besides a window; use generate, "
+            "whose prompt_logprobs score a prompt, or shorter sequences"
         )
 
 
@@ -194,5 +208,5 @@ def _heads_first(x: Array, batch: int) -> Array:
     return jnp.swapaxes(_by_sequence(x, batch), 1, 2)
 
 
-def _replaced(items: tuple[Array, ...], index: int, item: Array) -> tuple[Array, ...]:
+def _replaced(items: tuple[Any, ...], index: int, item: Any) -> tuple[Any, ...]:
     return (*items[:index], item, *items[index + 1 :])

@@ -126,7 +126,7 @@ def decode_step(
 
     Args:
         tokens, positions: int32[B].
-        cache: at least two free slots a row.
+        cache: room for another token a row.
     """
     batch = tokens.shape[0]
     if batch > 1:
@@ -134,10 +134,10 @@ def decode_step(
         out, cache = forward(program.model, params, step, cache, program.comm, program.kernels)
         return out.logits, cache
     # One row falls off XLA's fast path on CPU, more than ten times slower than two: a padding
-    # token runs along, and the slot it took is given back.
+    # token runs along, which the cache does not keep.
     step = Step(jnp.append(tokens, 0), jnp.append(positions, -1), jnp.append(positions + 1, 0))
     out, cache = forward(program.model, params, step, cache, program.comm, program.kernels)
-    return out.logits[:1], replace(cache, slot=cache.slot - 1)
+    return out.logits[:1], cache
 
 
 def start(
@@ -152,7 +152,7 @@ def start(
     if slots < length:
         raise UsageError(f"slots={slots} cannot hold prompts of {length} tokens; use at least that")
     model = program.model
-    cache = DenseCache.create(model.config, batch, slots, model.declare.dtype)
+    cache = DenseCache.create(model.config, batch, slots, model.declare.dtype, program.kernels)
     scores, cache = prefill(program, params, prompts, cache)
     sampled, sampling = sample(scores, prompts.lengths, sampling)
     return sampled, Progress(cache, sampled.tokens, prompts.lengths, sampling)

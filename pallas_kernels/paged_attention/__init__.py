@@ -6,6 +6,7 @@
         q, pages, page_table, q_start, kv_len, q_pos, spec, page_size=16
     )
 
-How keys and values lie in `pages` is the choice of a backend; every leaf has the pages first.
+How keys and values lie in `pages` is the choice of a backend; every leaf has the pages first,
+and empty pages are zeros.
 `places` says where the key of a position lies, `reference` defines the operation.
 """

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax import Array
 
-from jaxserve.config import AlibiSpec, AttentionSpec, LayerSpec, ModelConfig
-from jaxserve.layers.cache import Cache, DenseCache, NoCache
+from jaxserve.config import AlibiSpec, AttentionSpec, LayerSpec, ModelConfig, cache_spec
+from jaxserve.layers.cache import PAGE_SIZE, Cache, DenseCache, NoCache
 from jaxserve.layers.step import Step
 from jaxserve.pallas_kernels import kernel_set
 
@@ -29,12 +29,13 @@ SPECS = {
 class Tokens:
     """Queries, keys and values of two sequences for two layers, all [2, B, T, heads, H]."""
 
-    def __init__(self, spec: AttentionSpec) -> None:
+    def __init__(self, spec: AttentionSpec, dtype: str = "float32") -> None:
         rng = np.random.default_rng(0)
         self.spec = spec
         heads = spec.num_heads, spec.num_kv_heads, spec.num_kv_heads
         self.qkv = [
-            rng.normal(size=(2, BATCH, LENGTH, n, spec.head_dim)).astype(np.float32) for n in heads
+            np.array(jnp.asarray(rng.normal(size=(2, BATCH, LENGTH, n, spec.head_dim)), dtype))
+            for n in heads
         ]
         self.positions = np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1))
 
@@ -43,7 +44,7 @@ class Tokens:
         return ModelConfig("cached", 5, 4, (layer, layer), SERIAL.norm, max_context_tokens=16)
 
     def cache(self, slots: int = SLOTS, dtype: str = "float32") -> DenseCache:
-        return DenseCache.create(self.config(), BATCH, slots, dtype)
+        return DenseCache.create(self.config(), BATCH, slots, dtype, KERNELS)
 
     def attend(
         self, cache: Cache, columns: slice, positions: np.ndarray | None = None
@@ -52,7 +53,7 @@ class Tokens:
         chosen = self.positions[:, columns] if positions is None else positions
         qkv = [x[:, :, columns] for x in self.qkv]
         out, cache = attend(cache, qkv, chosen, self.spec)
-        return np.asarray(out), cache
+        return np.asarray(out, np.float32), cache
 
 
 @partial(jax.jit, static_argnums=3)
@@ -79,16 +80,6 @@ def test_steps_of_any_size_give_what_one_step_gives(name: str) -> None:
         part, cache = tokens.attend(cache, slice(start, end))
         parts.append(part)
     np.testing.assert_allclose(np.concatenate(parts, axis=2), whole, atol=2e-6)
-
-
-def test_the_first_step_of_a_cache_gives_what_no_cache_gives() -> None:
-    tokens = Tokens(SPECS["gqa"])
-    whole, _ = tokens.attend(NoCache(BATCH), slice(None))
-    found, cache = tokens.attend(tokens.cache(), slice(None))
-    np.testing.assert_array_equal(found, whole)
-    assert isinstance(cache, DenseCache)
-    assert int(cache.slot) == LENGTH
-    assert not cache.empty
 
 
 def test_rows_of_different_length_go_on_side_by_side() -> None:
@@ -121,34 +112,52 @@ def test_a_row_does_not_see_its_neighbour() -> None:
     assert not np.allclose(found[:, 0], wanted[:, 0])
 
 
-def test_a_grown_cache_goes_on_as_before() -> None:
-    tokens = Tokens(SPECS["gqa"])
-    _, cache = tokens.attend(tokens.cache(slots=8), slice(0, 4))
-    assert isinstance(cache, DenseCache)
-    grown = cache.grown(16)
-    assert grown.slot_positions.shape == (BATCH, 16)
-    np.testing.assert_array_equal(grown.slot_positions[:, 4:], -1)
-    found, _ = tokens.attend(grown, slice(4, 7))
-    wanted, _ = tokens.attend(cache, slice(4, 7))
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
-
-
 def test_keys_and_values_are_kept_in_the_dtype_of_the_cache() -> None:
     tokens = Tokens(SPECS["gqa"])
     whole, _ = tokens.attend(NoCache(BATCH), slice(None))
     _, cache = tokens.attend(tokens.cache(dtype="bfloat16"), slice(0, 4))
     assert isinstance(cache, DenseCache)
-    assert {x.dtype for x in (*cache.keys, *cache.values)} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(cache.pages)} == {jnp.dtype("bfloat16")}
     found, _ = tokens.attend(cache, slice(4, 7))
     np.testing.assert_allclose(found, whole[:, :, 4:7], atol=0.03)
 
 
-def test_a_cache_has_room_for_every_layer_head_and_slot() -> None:
-    tokens = Tokens(SPECS["gqa"])
-    cache = tokens.cache()
-    assert [x.shape for x in (*cache.keys, *cache.values)] == [(BATCH, 2, SLOTS, 3)] * 4
-    np.testing.assert_array_equal(cache.slot_positions, -1)
-    assert int(cache.slot) == 0
+@pytest.mark.parametrize(("slots", "width"), [(1, 1), (PAGE_SIZE, 1), (PAGE_SIZE + 1, 2)])
+def test_a_cache_has_room_for_every_layer_row_and_slot(slots: int, width: int) -> None:
+    cache = Tokens(SPECS["gqa"]).cache(slots)
+    assert len(cache.pages) == 2
+    assert cache.table.shape == (BATCH, width)
+    assert sorted(cache.table.ravel().tolist()) == list(range(BATCH * width))
+    assert {x.shape[0] for x in jax.tree.leaves(cache.pages)} == {BATCH * width}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SPECS)
+def test_a_token_has_the_same_bits_however_the_steps_are_cut(name: str, dtype: str) -> None:
+    tokens = Tokens(SPECS[name], dtype)
+    whole, _ = tokens.attend(tokens.cache(dtype=dtype), slice(None))
+    cache: Cache = tokens.cache(2 * PAGE_SIZE, dtype)
+    for start, end in [(0, 4), (4, 7), (7, 8), (8, 9)]:
+        part, cache = tokens.attend(cache, slice(start, end))
+        np.testing.assert_array_equal(part, whole[:, :, start:end])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SPECS)
+def test_a_token_has_the_bits_that_it_has_in_pages(name: str, dtype: str) -> None:
+    # One sequence of two, its pages of four in no order, in a step with other counts.
+    tokens = Tokens(SPECS[name], dtype)
+    whole, _ = tokens.attend(tokens.cache(dtype=dtype), slice(None))
+    q, k, v = (jnp.asarray(x[0, 1], dtype) for x in tokens.qkv)
+    positions = jnp.arange(LENGTH, dtype=jnp.int32)
+    table = jnp.array([[5, 2, 0]], jnp.int32)
+    pages = KERNELS.init_pages(6, 4, cache_spec(tokens.spec, dtype))
+    pages = KERNELS.write_pages(pages, k, v, table, positions * 0, positions, page_size=4)
+    starts, lengths = jnp.array([0, LENGTH]), jnp.array([LENGTH])
+    found = KERNELS.paged_attention(
+        q, pages, table, starts, lengths, positions, tokens.spec, page_size=4
+    )
+    np.testing.assert_array_equal(np.asarray(found, np.float32), whole[0, 1])
 
 
 def test_padding_is_not_valid() -> None:
