@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxserve.api import LLM, load
-    from jaxserve.config import ModelConfig
+    from jaxserve.config import ModelConfig, StreamingCache
     from jaxserve.errors import (
         CheckpointError,
         ConfigError,
@@ -38,6 +38,7 @@ __all__ = [
     "JaxserveError",
     "ModelConfig",
     "SamplingParams",
+    "StreamingCache",
     "TokenizerError",
     "UnsupportedError",
     "Usage",
@@ -48,7 +49,7 @@ __all__ = [
 
 _HOMES = {
     "jaxserve.api": ("LLM", "load"),
-    "jaxserve.config": ("ModelConfig",),
+    "jaxserve.config": ("ModelConfig", "StreamingCache"),
     "jaxserve.errors": (
         "CheckpointError",
         "ConfigError",

@@ -27,7 +27,7 @@ from jaxserve.checkpoint import GenerationDefaults, inspect, load_params
 from jaxserve.checkpoint.locate import locate
 from jaxserve.compile_cache import enable as enable_compile_cache
 from jaxserve.completion import CompletionBuilder
-from jaxserve.config import ModelConfig
+from jaxserve.config import ModelConfig, StreamingCache
 from jaxserve.errors import ContextLengthError, QueueFullError, TokenizerError, UsageError
 from jaxserve.layers.decoder import Model, Params
 from jaxserve.layers.param import Declare
@@ -76,6 +76,7 @@ def load(
     dtype: str | None = None,
     backend: str = "xla",
     engine: EngineOptions | None = None,
+    streaming: StreamingCache | None = None,
     show: Show | str = Show.AUTO,
 ) -> LLM:
     """Returns a model ready to generate.
@@ -86,22 +87,28 @@ def load(
             for a float32 checkpoint and bfloat16 for any other.
         backend: kernels to run: "xla" or "reference".
         engine: sizes of the engine that generates: sequences at once, memory for keys and values.
+        streaming: keep so much of a sequence and no more, so that it may go on without end; None
+            keeps all of it, up to the model's context.
         show: progress of loading and compiling, on standard error: "auto" (a bar on a terminal,
             lines elsewhere), "bar", "lines" or "silent".
 
     Raises:
         CheckpointError: files are missing, damaged or do not fit the architecture.
         UnsupportedError: architecture, config field, dtype or backend is not supported.
+        UsageError: the model was not trained on as many tokens as `streaming` keeps.
     """
     enable_compile_cache()
     show = Show(show)
     path = locate(model)
     info = inspect(path)
+    config = info.config
+    if streaming is not None:
+        config = config.streaming(streaming.window, streaming.sink_tokens)
     declare = Declare.best(jax.default_backend(), run_dtype(dtype, info.dtype))
     kernel_set(backend)  # an unknown backend is refused before gigabytes are read
-    params = load_params(info, Model(info.config, declare), progress=reporter(show))
+    params = load_params(info, Model(config, declare), progress=reporter(show))
     return LLM(
-        info.config,
+        config,
         params,
         Tokenizer.from_dir(path) if has_tokenizer(path) else None,
         declare=declare,

@@ -361,8 +361,9 @@ def _completion_fields(stream: TextStream) -> dict[str, Any]:
     done = stream.completion
     fields: dict[str, Any] = msgspec.to_builtins(done)
     fields["usage"]["total_tokens"] = done.usage.total_tokens
-    if done.logprobs is None:
-        del fields["logprobs"]
+    for name in ("logprobs", "prompt_logprobs"):
+        if fields[name] is None:
+            del fields[name]
     return fields
 
 

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from jaxserve.errors import ConfigError
+from jaxserve.errors import ConfigError, UnsupportedError, UsageError
 
 
 class NormKind(StrEnum):
@@ -156,6 +156,30 @@ class AlibiSpec:
 
 ENDLESS_TOKENS = 1 << 30
 """Context of a model that streams: more tokens than anyone generates, and still an int32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamingCache:
+    """How much a cache of constant size keeps of a sequence without end.
+
+    Attributes:
+        window: newest tokens, the one that is computed included.
+        sink_tokens: first tokens, kept besides; 0 keeps the window alone.
+    """
+
+    window: int = 1024
+    sink_tokens: int = 4
+
+    def __post_init__(self) -> None:
+        for name, least in (("window", 1), ("sink_tokens", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise UsageError(f"{name}={value!r} must be a whole number of at least {least}")
+
+    @property
+    def num_tokens(self) -> int:
+        """Returns the tokens that are kept of a sequence, however long it is."""
+        return self.sink_tokens + self.window
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,17 +383,21 @@ class ModelConfig:
     def streaming(self, window: int, sink_tokens: int = 4) -> ModelConfig:
         """Returns the model with a cache of constant size, for sequences without end.
 
-        Every layer sees the first `sink_tokens` tokens and the newest `window`; layers with a
-        smaller window of their own keep that. Source: Xiao et al. 2023, StreamingLLM.
+        A layer sees the first `sink_tokens` tokens and the newest `window`; one with a window of
+        its own that is no larger stays as it was trained. Source: Xiao et al. 2023, StreamingLLM.
+
+        Raises:
+            UsageError: the model was not trained on as many tokens as the cache holds.
+            UnsupportedError: positions of this kind cannot be counted inside the cache.
         """
-
-        def streams(layer: LayerSpec) -> LayerSpec:
-            own = layer.attention.window
-            kept = window if own is None else min(own, window)
-            attention = replace(layer.attention, window=kept, sink_tokens=sink_tokens)
-            return replace(layer, attention=attention)
-
-        layers = tuple(streams(layer) for layer in self.layers)
+        cache = StreamingCache(window=window, sink_tokens=sink_tokens)
+        if cache.num_tokens > self.max_context_tokens:
+            raise UsageError(
+                f"window={window} and sink_tokens={sink_tokens} keep {cache.num_tokens} tokens and "
+                f"the model's context is {self.max_context_tokens}; use a window of at most "
+                f"{self.max_context_tokens - sink_tokens}"
+            )
+        layers = tuple(_streaming_layer(layer, cache) for layer in self.layers)
         return replace(self, layers=layers, max_context_tokens=ENDLESS_TOKENS)
 
     def cache_bytes_per_token(self, dtype: str) -> int:
@@ -387,6 +415,30 @@ def cache_spec(attention: AttentionSpec, dtype: str) -> CacheSpec:
         window=attention.window,
         sink_tokens=attention.sink_tokens,
     )
+
+
+def _streaming_layer(layer: LayerSpec, cache: StreamingCache) -> LayerSpec:
+    """Returns a layer that keeps no more than `cache` of a sequence."""
+    attention = layer.attention
+    if attention.alibi is not None:
+        raise UnsupportedError(
+            "streaming is not supported with ALiBi, whose bias counts positions from the start of "
+            "the sequence; use a model with rotary positions"
+        )
+    if attention.window is not None and attention.window <= cache.window:
+        return layer
+    rope = attention.rope
+    if rope is not None and rope.scaling is RopeScaling.DYNAMIC:
+        if cache.num_tokens > rope.original_context_tokens:
+            raise UnsupportedError(
+                f"streaming over {cache.num_tokens} tokens is not supported with rope scaling "
+                f"'dynamic', which turns keys anew beyond {rope.original_context_tokens}; keep at "
+                "most that many"
+            )
+        # Inside the cache no position is reached from which on it would stretch.
+        rope = replace(rope, scaling=RopeScaling.NONE)
+    streams = replace(attention, rope=rope, window=cache.window, sink_tokens=cache.sink_tokens)
+    return replace(layer, attention=streams)
 
 
 def dtype_bytes(dtype: str) -> int:
