@@ -192,9 +192,15 @@ def first_largest(values: Array) -> Array:
 
 
 def _first(marks: Array) -> Array:
-    """Returns int32[B], the first index at which marks[B, V] are true."""
+    """Returns int32[B], the first index at which marks[B, V] are true; 0 where none is.
+
+    None is where constraints exclude every token, or a logit is no number: a row's own misfortune,
+    which must not become a token outside the vocabulary.
+    """
+    size = marks.shape[1]
     index = lax.broadcasted_iota(jnp.int32, marks.shape, 1)
-    return jnp.min(jnp.where(marks, index, marks.shape[1]), axis=-1)
+    first = jnp.min(jnp.where(marks, index, size), axis=-1)
+    return jnp.where(first < size, first, 0)
 
 
 def _uniform(sampling: Sampling, positions: Array) -> Array:
