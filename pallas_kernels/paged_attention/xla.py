@@ -11,8 +11,10 @@ nothing: its weights are exact zeros and the factor for what stands is exactly o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -263,16 +265,11 @@ def _by_item(q: Array | None, call: _Call) -> Array | None:
 def _attend(call: _Call, items: _Items) -> tuple[Array, Array]:
     """Returns (out float32[I, Q, K, G, H], lse float32[I, Q, K, G])."""
     count, heads, length, group, head = items.q.shape
-    shape = count, heads, length * group
-    begin = _Partial(jnp.full((*shape, 1), _LOWEST), jnp.zeros((*shape, head + 1)))
     first, blocks = _block_range(call, items.q_pos)
-
-    def step(index: Array, so_far: _Partial) -> _Partial:
-        sinks = call.sink_blocks
-        block = jnp.where(index < sinks, index, jnp.maximum(first, sinks) + index - sinks)
-        return _add_block(call, items, jnp.where(index < blocks, block, -1), so_far)
-
-    found = lax.fori_loop(0, jnp.max(blocks), step, begin)
+    order = jnp.argsort(blocks, stable=True, descending=True)
+    longest_first = jax.tree.map(lambda x: x[order], (items, first, blocks))
+    found = _reduced(call, *longest_first)
+    found = jax.tree.map(lambda x: x[jnp.argsort(order)], found)
     total = found.out[..., head:]
     out = found.out[..., :head] / jnp.where(total > 0, total, 1.0)
     lse = jnp.where(total > 0, jnp.log(total) + found.top, -jnp.inf)
@@ -280,6 +277,36 @@ def _attend(call: _Call, items: _Items) -> tuple[Array, Array]:
         out.reshape(count, heads, length, group, head).swapaxes(1, 2),
         lse.reshape(count, heads, length, group).swapaxes(1, 2),
     )
+
+
+def _reduced(call: _Call, items: _Items, first: Array, blocks: Array) -> _Partial:
+    """Returns attention over all blocks; items with more of them come first.
+
+    Blocks are taken in turn by all items, and by ever fewer once the others have no more.
+    """
+    count, heads, length, group, head = items.q.shape
+    shape = count, heads, length * group
+    so_far = _Partial(jnp.full((*shape, 1), _LOWEST), jnp.zeros((*shape, head + 1)))
+    done = jnp.zeros((), jnp.int32)
+    lanes = count
+    while lanes:
+        fewer = max(2, lanes // 8) if lanes > 4 else 0
+        some = jax.tree.map(lambda x: x[:lanes], (items, first, blocks))
+        end = jnp.maximum(blocks[fewer], done)
+        now = jax.tree.map(lambda x: x[:lanes], so_far)
+        now = lax.fori_loop(done, end, partial(_turn, call, *some), now)
+        so_far = jax.tree.map(lambda new, old: jnp.concatenate([new, old[lanes:]]), now, so_far)
+        done, lanes = end, fewer
+    return so_far
+
+
+def _turn(
+    call: _Call, items: _Items, first: Array, blocks: Array, index: Array, so_far: _Partial
+) -> _Partial:
+    """Returns attention with the `index`-th block of every item that has so many."""
+    sinks = call.sink_blocks
+    block = jnp.where(index < sinks, index, jnp.maximum(first, sinks) + index - sinks)
+    return _add_block(call, items, jnp.where(index < blocks, block, -1), so_far)
 
 
 def _block_range(call: _Call, q_pos: Array) -> tuple[Array, Array]:
