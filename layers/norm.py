@@ -9,6 +9,7 @@ from jax import Array, lax
 
 from jaxserve.config import NormKind, NormSpec
 from jaxserve.layers.param import Axis, Declare, Init
+from jaxserve.layers.sums import row_sum
 from jaxserve.partitioning.collectives import Comm
 
 
@@ -27,8 +28,8 @@ class Norm(nnx.Module):
         """Returns x[..., features] normalised, in x's dtype."""
         h = x.astype(jnp.float32)
         if self.spec.kind is NormKind.LAYER:
-            h = h - comm.psum(jnp.sum(h, -1, keepdims=True), self.axis) / self.size
-        mean_square = comm.psum(jnp.sum(h * h, -1, keepdims=True), self.axis) / self.size
+            h = h - comm.psum(row_sum(h)[..., None], self.axis) / self.size
+        mean_square = comm.psum(row_sum(h * h)[..., None], self.axis) / self.size
         h = h * lax.rsqrt(mean_square + self.spec.eps)
         scale = self.scale[...].astype(jnp.float32)
         scale = 1.0 + scale if self.spec.unit_offset else scale

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jaxserve.layers.sums import row_sum
 from jaxserve.serving.request import GREEDY_BELOW, SamplingParams
 
 
@@ -263,19 +264,6 @@ def largest_until(values: Array, weights: Array, target: Array) -> Array:
     tied = jnp.where(order == edge, weights, 0.0)
     before = jnp.cumsum(tied, axis=-1) - tied
     return (order > edge) | ((order == edge) & (above + before < target[:, None]))
-
-
-def row_sum(x: Array) -> Array:
-    """Returns float32[B], the sums of rows float32[B, V].
-
-    A row's bits do not depend on the number of rows, which XLA's own sum does not promise: on CPU
-    it changes its order of summation with the size of the array, and dots theirs at one row.
-    """
-    rows = x.shape[0]
-    padded = jnp.pad(x, ((0, 1), (0, 0))) if rows == 1 else x
-    ones = jnp.ones((2, x.shape[1]), x.dtype)
-    sums = lax.dot_general(padded, ones, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
-    return sums[:rows, 0]
 
 
 def _counted(penalties: Penalties | None, tokens: Array) -> Penalties | None:

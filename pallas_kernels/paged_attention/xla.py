@@ -267,8 +267,10 @@ def _attend(call: _Call, items: _Items) -> tuple[Array, Array]:
     count, heads, length, group, head = items.q.shape
     first, blocks = _block_range(call, items.q_pos)
     order = jnp.argsort(blocks, stable=True, descending=True)
+    shape = count, heads, length * group
+    empty = _Partial(jnp.full((*shape, 1), _LOWEST), jnp.zeros((*shape, head + 1)))
     longest_first = jax.tree.map(lambda x: x[order], (items, first, blocks))
-    found = _reduced(call, *longest_first)
+    found = _turns(call, *longest_first, jnp.zeros((), jnp.int32), empty)
     found = jax.tree.map(lambda x: x[jnp.argsort(order)], found)
     total = found.out[..., head:]
     out = found.out[..., :head] / jnp.where(total > 0, total, 1.0)
@@ -279,25 +281,23 @@ def _attend(call: _Call, items: _Items) -> tuple[Array, Array]:
     )
 
 
-def _reduced(call: _Call, items: _Items, first: Array, blocks: Array) -> _Partial:
-    """Returns attention over all blocks; items with more of them come first.
+def _turns(
+    call: _Call, items: _Items, first: Array, blocks: Array, start: Array, so_far: _Partial
+) -> _Partial:
+    """Returns attention with the blocks from the `start`-th of every item on.
 
-    Blocks are taken in turn by all items, and by ever fewer once the others have no more.
+    Items with more blocks come first: while many have one left, all take their next together;
+    the few that are longer than the rest go on alone.
     """
-    count, heads, length, group, head = items.q.shape
-    shape = count, heads, length * group
-    so_far = _Partial(jnp.full((*shape, 1), _LOWEST), jnp.zeros((*shape, head + 1)))
-    done = jnp.zeros((), jnp.int32)
-    lanes = count
-    while lanes:
-        fewer = max(2, lanes // 8) if lanes > 4 else 0
-        some = jax.tree.map(lambda x: x[:lanes], (items, first, blocks))
-        end = jnp.maximum(blocks[fewer], done)
-        now = jax.tree.map(lambda x: x[:lanes], so_far)
-        now = lax.fori_loop(done, end, partial(_turn, call, *some), now)
-        so_far = jax.tree.map(lambda new, old: jnp.concatenate([new, old[lanes:]]), now, so_far)
-        done, lanes = end, fewer
-    return so_far
+    count = blocks.shape[0]
+    few = max(2, count // 8) if count > 4 else 0
+    end = jnp.maximum(blocks[few], start)
+    so_far = lax.fori_loop(start, end, partial(_turn, call, items, first, blocks), so_far)
+    if not few:
+        return so_far
+    longest = jax.tree.map(lambda x: x[:few], (items, first, blocks))
+    found = _turns(call, *longest, end, jax.tree.map(lambda x: x[:few], so_far))
+    return jax.tree.map(lambda new, old: jnp.concatenate([new, old[few:]]), found, so_far)
 
 
 def _turn(
