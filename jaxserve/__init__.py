@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         UnsupportedError,
         UsageError,
     )
+    from jaxserve.serving.options import EngineOptions
     from jaxserve.serving.request import Completion, SamplingParams, Usage
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "Completion",
     "ConfigError",
     "ContextLengthError",
+    "EngineOptions",
     "JaxserveError",
     "ModelConfig",
     "SamplingParams",
@@ -59,6 +61,7 @@ _HOMES = {
         "UnsupportedError",
         "UsageError",
     ),
+    "jaxserve.serving.options": ("EngineOptions",),
     "jaxserve.serving.request": ("Completion", "SamplingParams", "Usage"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -132,6 +132,11 @@ class LLM:
         defaults: what the model's authors want where a request says nothing. Without end tokens
             there, those of the tokenizer end a completion.
         on_compile: called with what was compiled and the seconds it took.
+
+    Attributes:
+        config, tokenizer, defaults: as given.
+        eos_token_ids: tokens that end a completion.
+        program: what the functions of `serving.generation` take beside the weights.
     """
 
     def __init__(
@@ -154,7 +159,7 @@ class LLM:
         self.defaults = GenerationDefaults() if defaults is None else defaults
         known = () if tokenizer is None else tokenizer.eos_token_ids
         self.eos_token_ids = self.defaults.eos_token_ids or known
-        self._program = program
+        self.program = program
         self._params = params
         self._options = EngineOptions() if engine is None else engine
         self._on_compile = on_compile
@@ -186,7 +191,7 @@ class LLM:
     def _model_engine(self) -> ModelEngine:
         if self._made is None:
             self._made = ModelEngine.create(
-                self._program, self._params, self._options, self._on_compile
+                self.program, self._params, self._options, self._on_compile
             )
         return self._made
 
@@ -202,7 +207,7 @@ class LLM:
         Raises:
             UsageError: their tree or shapes differ, or requests are under way.
         """
-        _check_params(params, self._program.model)
+        _check_params(params, self.program.model)
         if self._made is not None:
             self._made.update(params)
         self._params = params
@@ -324,7 +329,7 @@ class LLM:
             )
         self._check_ids([int(token) for token in tokens.ravel()])
         rows = tokens.reshape(-1, tokens.shape[-1]).astype(np.int32)
-        out = self._logits(self._program, self.params, rows)
+        out = self._logits(self.program, self.params, rows)
         return out.reshape(*tokens.shape, -1)
 
     def _request(self, prompt: Prompt, asked: SamplingParams, **fields: Any) -> Request:
