@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from jaxserve.config import (
+    ENDLESS_TOKENS,
     Activation,
     AlibiSpec,
     AttentionSpec,
@@ -22,12 +23,13 @@ from jaxserve.config import (
     NormSpec,
     RopeScaling,
     RopeSpec,
+    StreamingCache,
     alternating_layers,
     cache_spec,
     dtype_bytes,
     uniform_layers,
 )
-from jaxserve.errors import ConfigError
+from jaxserve.errors import ConfigError, UnsupportedError, UsageError
 
 LAYER = LayerSpec(AttentionSpec(6, 2, 5), MlpSpec(7, Activation.SILU, gated=True), NormSpec())
 WINDOWED = replace(LAYER, attention=replace(LAYER.attention, window=3))
@@ -62,6 +64,11 @@ CONFIG = ModelConfig("toy", 11, 8, (LAYER,), NormSpec(), max_context_tokens=16)
         ),
         (lambda: AttentionSpec(4, 1, 8, window=0), "window=0 must be positive; leave it out"),
         (lambda: AttentionSpec(4, 1, 8, soft_cap=0.0), r"soft_cap=0\.0 must be positive"),
+        (
+            lambda: AttentionSpec(4, 1, 8, sink_tokens=4),
+            "sink_tokens=4 keeps tokens besides a window, and window=None; set a window",
+        ),
+        (lambda: AttentionSpec(4, 1, 8, window=8, sink_tokens=-1), "sink_tokens=-1 keeps tokens"),
         (lambda: MlpSpec(0, Activation.RELU, gated=False), "ffn_dim=0 must be positive"),
         (lambda: replace(LAYER, mlp_norm=False), "a serial block needs mlp_norm=True"),
         (lambda: replace(CONFIG, layers=()), "layers is empty; a model has at least one layer"),
@@ -112,6 +119,59 @@ def test_a_window_keeps_no_more_than_itself() -> None:
     assert (spec.kind, spec.window) == (CacheKind.WINDOW, 3)
     assert spec.bytes_per_sequence(2) == 2 * 80
     assert spec.bytes_per_sequence(100) == 3 * 80
+
+
+def test_a_streaming_model_keeps_sinks_and_a_window_and_has_no_end() -> None:
+    config = CONFIG.streaming(window=12, sink_tokens=4)
+    assert config.max_context_tokens == ENDLESS_TOKENS
+    (group,) = config.cache_groups("float32")
+    assert (group.spec.kind, group.spec.window, group.spec.sink_tokens) == (CacheKind.WINDOW, 12, 4)
+    assert group.spec.bytes_per_sequence(1_000_000) == 16 * 80
+    assert config.layers[0].attention.cached_tokens == StreamingCache(window=12).num_tokens == 16
+
+
+def test_a_streaming_window_without_sinks_is_a_window() -> None:
+    attention = CONFIG.streaming(window=16, sink_tokens=0).layers[0].attention
+    assert attention == replace(LAYER.attention, window=16)
+    assert attention.cached_tokens is None
+
+
+def test_a_layer_with_a_window_as_small_stays_as_it_was_trained() -> None:
+    wide = replace(LAYER, attention=replace(LAYER.attention, window=13))
+    config = replace(CONFIG, layers=(WINDOWED, wide)).streaming(window=12)
+    assert config.layers[0] == WINDOWED
+    assert config.layers[1].attention == replace(LAYER.attention, window=12, sink_tokens=4)
+
+
+def test_positions_inside_the_cache_need_no_dynamic_stretch() -> None:
+    rope = RopeSpec(4, scaling=RopeScaling.DYNAMIC, factor=2.0, original_context_tokens=10)
+    layer = replace(LAYER, attention=replace(LAYER.attention, rope=rope))
+    config = replace(CONFIG, layers=(layer,))
+    kept = config.streaming(window=6, sink_tokens=4).layers[0].attention.rope
+    assert kept == replace(rope, scaling=RopeScaling.NONE)
+    with pytest.raises(UnsupportedError, match=r"streaming over 11 tokens .* 'dynamic'"):
+        config.streaming(window=7, sink_tokens=4)
+
+
+def test_what_cannot_stream_is_refused() -> None:
+    with pytest.raises(UsageError, match="keep 17 tokens and the model's context is 16; use a win"):
+        CONFIG.streaming(window=13, sink_tokens=4)
+    alibi = replace(LAYER, attention=AttentionSpec(6, 2, 5, alibi=AlibiSpec()))
+    with pytest.raises(UnsupportedError, match=r"^streaming is not supported with ALiBi"):
+        replace(CONFIG, layers=(alibi,)).streaming(window=8)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"window": 0}, "window=0 must be a whole number of at least 1"),
+        ({"window": 2.5}, r"window=2\.5 must be a whole number"),
+        ({"sink_tokens": -1}, "sink_tokens=-1 must be a whole number of at least 0"),
+    ],
+)
+def test_a_streaming_cache_has_whole_sizes(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=f"^{message}"):
+        StreamingCache(**fields)
 
 
 def test_layers_are_grouped_by_what_they_remember() -> None:
