@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 
 class Extra(StrEnum):
@@ -20,7 +20,7 @@ def column(page: Array, width: int, pinned_pages: int) -> Array:
 
     The first `pinned_pages` keep their columns for good; the others take turns.
     """
-    turning = pinned_pages + (page - pinned_pages) % (width - pinned_pages)
+    turning = pinned_pages + lax.rem(page - pinned_pages, width - pinned_pages)
     return jnp.where(page < pinned_pages, page, turning)
 
 

@@ -34,6 +34,9 @@ KEY_BLOCK = 128
 QUERY_BLOCK = 128
 """Queries of one sequence taken at once, where it has several."""
 
+_FEW = 4
+"""Items that are always taken together."""
+
 MAX_SINGLE = 8
 """Most queries a sequence may have for each of them to be taken alone."""
 
@@ -50,19 +53,35 @@ class Pages(NamedTuple):
     values: Array
 
 
+class _Blocks(NamedTuple):
+    """Blocks of keys that items read, in the order they are read.
+
+    Attributes:
+        count: int32[I], blocks of each item.
+        number: int32[I, N], where a block lies among the sequence's keys; -1 where there is none.
+        key_runs, value_runs: int32[I, N, KEY_BLOCK / run], first of the runs of a block's keys and
+            values in `Pages`, where a run is a page's share of a block.
+    """
+
+    count: Array
+    number: Array
+    key_runs: Array
+    value_runs: Array
+
+
 class _Items(NamedTuple):
     """Runs of queries, each of one sequence.
 
     Attributes:
         q, q_sink: [I, K, Q, G, H].
         q_pos: int32[I, Q], -1 where there is none.
-        table: int32[I, W], page table of the sequence.
+        blocks: what they read.
     """
 
     q: Array
     q_sink: Array | None
     q_pos: Array
-    table: Array
+    blocks: _Blocks
 
 
 class _Partial(NamedTuple):
@@ -90,6 +109,11 @@ class _Call(NamedTuple):
     def sink_blocks(self) -> int:
         """Returns the blocks that hold sink keys."""
         return -(-self.sink_tokens // KEY_BLOCK)
+
+    @property
+    def runs_per_page(self) -> int:
+        """Returns the blocks that share a page, 1 where a block takes whole pages."""
+        return max(1, self.page_size // KEY_BLOCK)
 
 
 def init_pages(num_pages: int, page_size: int, spec: CacheSpec) -> Pages:
@@ -167,13 +191,31 @@ def paged_attention(
         raise UnsupportedError(
             f"backend='xla' has no {', '.join(refused)} in paged_attention; use 'reference'"
         )
-    call = _Call(pages, spec, page_size, pinned_pages, sink_tokens)
     q_sink = None if spec.window is None else q_sink
-    if max_query is not None and max_query <= MAX_SINGLE:
-        out, lse = _singles(call, q, q_sink, page_table, q_start, q_pos, max_query)
-    else:
-        out, lse = _mixed(call, q, q_sink, page_table, q_start, q_pos)
+    static = spec, page_size, pinned_pages, sink_tokens, max_query
+    out, lse = _attention(q, q_sink, pages, page_table, q_start, q_pos, *static)
     return (out, *(lse for _ in outputs)) if outputs else out
+
+
+@partial(jax.jit, static_argnums=(6, 7, 8, 9, 10))
+def _attention(
+    q: Array,
+    q_sink: Array | None,
+    pages: Pages,
+    page_table: Array,
+    q_start: Array,
+    q_pos: Array,
+    spec: AttentionSpec,
+    page_size: int,
+    pinned_pages: int,
+    sink_tokens: int,
+    max_query: int | None,
+) -> tuple[Array, Array]:
+    """Returns (out [T, N, H], lse float32[T, N]); traced once for all layers that are alike."""
+    call = _Call(pages, spec, page_size, pinned_pages, sink_tokens)
+    if max_query is not None and max_query <= MAX_SINGLE:
+        return _singles(call, q, q_sink, page_table, q_start, q_pos, max_query)
+    return _mixed(call, q, q_sink, page_table, q_start, q_pos)
 
 
 def _singles(
@@ -191,7 +233,9 @@ def _singles(
         table = page_table
     else:
         table = page_table[row_of_tokens(q_start, tokens)]
-    items = _Items(_by_item(q, call), _by_item(q_sink, call), q_pos[:, None], table)
+    position = q_pos[:, None]
+    blocks = _blocks(call, position, table)
+    items = _Items(_by_item(q, call), _by_item(q_sink, call), position, blocks)
     out, lse = _attend(call, items)
     return out.reshape(q.shape).astype(q.dtype), lse.reshape(q.shape[:2])
 
@@ -206,49 +250,71 @@ def _mixed(
 ) -> tuple[Array, Array]:
     """Returns (out, lse): sequences with one token together, the others in runs of queries."""
     tokens = q.shape[0]
+    out, lse = _runs(call, q, q_sink, page_table, q_start, q_pos)
+    single = q_start[1:] - q_start[:-1] == 1
+    first = jnp.minimum(q_start[:-1], tokens - 1)
+    position = jnp.where(single, q_pos[first], -1)[:, None]
+    items = _Items(
+        _by_item(q[first], call),
+        None if q_sink is None else _by_item(q_sink[first], call),
+        position,
+        _blocks(call, position, page_table),
+    )
+    one_out, one_lse = _attend(call, items)
+    at = jnp.where(single, first, tokens)
+    out = out.at[at].set(one_out.reshape(-1, *q.shape[1:]).astype(q.dtype), mode="drop")
+    return out, lse.at[at].set(one_lse.reshape(-1, q.shape[1]), mode="drop")
+
+
+def _runs(
+    call: _Call,
+    q: Array,
+    q_sink: Array | None,
+    page_table: Array,
+    q_start: Array,
+    q_pos: Array,
+) -> tuple[Array, Array]:
+    """Returns (out, lse) of the sequences with several tokens, one run of queries at a time."""
+    tokens, rows = q.shape[0], page_table.shape[0]
     counts = q_start[1:] - q_start[:-1]
-    runs = jnp.where(counts > 1, -(-counts // QUERY_BLOCK), 0)
+    runs = jnp.where(counts > 1, lax.div(counts + QUERY_BLOCK - 1, QUERY_BLOCK), 0)
     ends = jnp.cumsum(runs)
+    # Every sequence may end in a run of its own.
+    most = tokens // QUERY_BLOCK + min(rows, -(-tokens // 2))
+    index = jnp.arange(most, dtype=jnp.int32)
+    row = jnp.minimum(jnp.sum(ends[None, :] <= index[:, None], axis=1), rows - 1)
+    starts = q_start[row] + (index - (ends[row] - runs[row])) * QUERY_BLOCK
+    token = starts[:, None] + jnp.arange(QUERY_BLOCK, dtype=jnp.int32)[None, :]
+    inside = token < q_start[row + 1][:, None]
+    positions = jnp.where(inside, q_pos[jnp.clip(token, 0, tokens - 1)], -1)
+    blocks = _blocks(call, positions, page_table[row])
     pad = ((0, QUERY_BLOCK), (0, 0), (0, 0))
     wide_q = jnp.pad(q, pad)
     wide_sink = None if q_sink is None else jnp.pad(q_sink, pad)
-    wide_pos = jnp.pad(q_pos, (0, QUERY_BLOCK), constant_values=-1)
 
     def cut(x: Array, at: Array) -> Array:
         return lax.dynamic_slice_in_dim(x, at, QUERY_BLOCK)
 
     def run(index: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
-        row = jnp.sum(ends <= index)
-        start = q_start[row] + (index - (ends[row] - runs[row])) * QUERY_BLOCK
-        inside = start + jnp.arange(QUERY_BLOCK, dtype=jnp.int32) < q_start[row + 1]
-        items = _Items(
-            _by_item(cut(wide_q, start)[None], call),
-            None if wide_sink is None else _by_item(cut(wide_sink, start)[None], call),
-            jnp.where(inside, cut(wide_pos, start), -1)[None],
-            lax.dynamic_slice_in_dim(page_table, row, 1),
+        start, here, position, some = jax.tree.map(
+            lambda x: lax.dynamic_slice_in_dim(x, index, 1), (starts, inside, positions, blocks)
         )
-        new = _attend(call, items)
+        items = _Items(
+            _by_item(cut(wide_q, start[0])[None], call),
+            None if wide_sink is None else _by_item(cut(wide_sink, start[0])[None], call),
+            position,
+            some,
+        )
         after = []
-        for old, fresh in zip(found, new, strict=True):
+        for old, fresh in zip(found, _attend(call, items), strict=True):
             fresh = fresh[0].reshape(QUERY_BLOCK, *old.shape[1:]).astype(old.dtype)
-            here = inside.reshape(-1, *[1] * (old.ndim - 1))
-            fresh = jnp.where(here, fresh, cut(old, start))
-            after.append(lax.dynamic_update_slice_in_dim(old, fresh, start, 0))
+            mask = here[0].reshape(-1, *[1] * (old.ndim - 1))
+            fresh = jnp.where(mask, fresh, cut(old, start[0]))
+            after.append(lax.dynamic_update_slice_in_dim(old, fresh, start[0], 0))
         return after[0], after[1]
 
     empty = jnp.zeros_like(wide_q), jnp.full(wide_q.shape[:2], -jnp.inf, jnp.float32)
     out, lse = lax.fori_loop(0, ends[-1], run, empty)
-    first = jnp.minimum(q_start[:-1], tokens - 1)
-    singles = _Items(
-        _by_item(q[first], call),
-        None if q_sink is None else _by_item(q_sink[first], call),
-        jnp.where(counts == 1, q_pos[first], -1)[:, None],
-        page_table,
-    )
-    one_out, one_lse = _attend(call, singles)
-    at = jnp.where(counts == 1, first, tokens + QUERY_BLOCK)
-    out = out.at[at].set(one_out.reshape(-1, *q.shape[1:]).astype(q.dtype), mode="drop")
-    lse = lse.at[at].set(one_lse.reshape(-1, q.shape[1]), mode="drop")
     return out[:tokens], lse[:tokens]
 
 
@@ -265,13 +331,16 @@ def _by_item(q: Array | None, call: _Call) -> Array | None:
 def _attend(call: _Call, items: _Items) -> tuple[Array, Array]:
     """Returns (out float32[I, Q, K, G, H], lse float32[I, Q, K, G])."""
     count, heads, length, group, head = items.q.shape
-    first, blocks = _block_range(call, items.q_pos)
-    order = jnp.argsort(blocks, stable=True, descending=True)
     shape = count, heads, length * group
     empty = _Partial(jnp.full((*shape, 1), _LOWEST), jnp.zeros((*shape, head + 1)))
-    longest_first = jax.tree.map(lambda x: x[order], (items, first, blocks))
-    found = _turns(call, *longest_first, jnp.zeros((), jnp.int32), empty)
-    found = jax.tree.map(lambda x: x[jnp.argsort(order)], found)
+    start = jnp.zeros((), jnp.int32)
+    if count > _FEW:
+        order = jnp.argsort(items.blocks.count, stable=True, descending=True)
+        longest_first = jax.tree.map(lambda x: x[order], items)
+        found = _turns(call, longest_first, start, empty)
+        found = jax.tree.map(lambda x: x[jnp.argsort(order)], found)
+    else:
+        found = _turns(call, items, start, empty)
     total = found.out[..., head:]
     out = found.out[..., :head] / jnp.where(total > 0, total, 1.0)
     lse = jnp.where(total > 0, jnp.log(total) + found.top, -jnp.inf)
@@ -281,54 +350,61 @@ def _attend(call: _Call, items: _Items) -> tuple[Array, Array]:
     )
 
 
-def _turns(
-    call: _Call, items: _Items, first: Array, blocks: Array, start: Array, so_far: _Partial
-) -> _Partial:
+def _turns(call: _Call, items: _Items, start: Array, so_far: _Partial) -> _Partial:
     """Returns attention with the blocks from the `start`-th of every item on.
 
-    Items with more blocks come first: while many have one left, all take their next together;
-    the few that are longer than the rest go on alone.
+    Where there are many items, those with more blocks come first: while many have one left, all
+    take their next together; the few that are longer than the rest go on alone.
     """
-    count = blocks.shape[0]
-    few = max(2, count // 8) if count > 4 else 0
-    end = jnp.maximum(blocks[few], start)
-    so_far = lax.fori_loop(start, end, partial(_turn, call, items, first, blocks), so_far)
+    count = items.blocks.count
+    few = max(2, len(count) // 8) if len(count) > _FEW else 0
+    end = jnp.maximum(count[few], start) if few else jnp.max(count)
+    so_far = lax.fori_loop(start, end, partial(_add_block, call, items), so_far)
     if not few:
         return so_far
-    longest = jax.tree.map(lambda x: x[:few], (items, first, blocks))
-    found = _turns(call, *longest, end, jax.tree.map(lambda x: x[:few], so_far))
+    longest, begun = jax.tree.map(lambda x: x[:few], (items, so_far))
+    found = _turns(call, longest, end, begun)
     return jax.tree.map(lambda new, old: jnp.concatenate([new, old[few:]]), found, so_far)
 
 
-def _turn(
-    call: _Call, items: _Items, first: Array, blocks: Array, index: Array, so_far: _Partial
-) -> _Partial:
-    """Returns attention with the `index`-th block of every item that has so many."""
-    sinks = call.sink_blocks
-    block = jnp.where(index < sinks, index, jnp.maximum(first, sinks) + index - sinks)
-    return _add_block(call, items, jnp.where(index < blocks, block, -1), so_far)
-
-
-def _block_range(call: _Call, q_pos: Array) -> tuple[Array, Array]:
-    """Returns (first block of the window, number of blocks to read), both int32[I]."""
+def _blocks(call: _Call, q_pos: Array, table: Array) -> _Blocks:
+    """Returns what queries at int32[I, Q] read through page tables int32[I, W]."""
+    width = table.shape[1]
     last = jnp.max(q_pos, axis=1)
-    end = (last + KEY_BLOCK) // KEY_BLOCK
-    if call.spec.window is None:
-        return jnp.zeros_like(end), end
-    far = jnp.iinfo(jnp.int32).max
-    oldest = jnp.min(jnp.where(q_pos < 0, far, q_pos), axis=1) - call.spec.window + 1
-    first = jnp.minimum(jnp.maximum(oldest, 0) // KEY_BLOCK, end)
-    sinks = call.sink_blocks
-    return first, jnp.minimum(end, sinks) + jnp.maximum(end - jnp.maximum(first, sinks), 0)
+    count = lax.div(last + KEY_BLOCK, KEY_BLOCK)
+    room = -(-width * call.page_size // KEY_BLOCK)
+    turn = jnp.arange(room, dtype=jnp.int32)[None, :]
+    number = turn
+    if call.spec.window is not None:
+        # A window that does not begin with a block reaches into one more.
+        turn = jnp.arange(room + 1 + call.sink_blocks, dtype=jnp.int32)[None, :]
+        far = jnp.iinfo(jnp.int32).max
+        oldest = jnp.min(jnp.where(q_pos < 0, far, q_pos), axis=1) - call.spec.window + 1
+        first = jnp.minimum(lax.div(jnp.maximum(oldest, 0), KEY_BLOCK), count)
+        first = jnp.maximum(first, jnp.minimum(call.sink_blocks, count))
+        sinks = jnp.minimum(call.sink_blocks, count)
+        number = jnp.where(turn < call.sink_blocks, turn, first[:, None] + turn - call.sink_blocks)
+        count = sinks + count - first
+    number = jnp.where(turn < count[:, None], number, -1)
+    run = min(call.page_size, KEY_BLOCK)
+    within = jnp.arange(0, KEY_BLOCK, run, dtype=jnp.int32)[None, None, :]
+    place = jnp.maximum(number, 0)[:, :, None] * KEY_BLOCK + within
+    columns = column(lax.div(place, call.page_size), width, call.pinned_pages)
+    page = jnp.take_along_axis(table[:, None, :], columns, axis=2, mode="clip")
+    part = lax.rem(lax.div(place, KEY_BLOCK), call.runs_per_page)
+    _, heads, rows, _ = call.pages.values.shape
+    runs = [page * (runs * call.runs_per_page) + part for runs in (heads, heads * rows)]
+    return _Blocks(count, number, *runs)
 
 
-def _add_block(call: _Call, items: _Items, block: Array, so_far: _Partial) -> _Partial:
-    """Returns attention with one more block int32[I] of keys an item; none where negative."""
+def _add_block(call: _Call, items: _Items, turn: Array, so_far: _Partial) -> _Partial:
+    """Returns attention with one more block of keys, the `turn`-th of every item that has it."""
     count, heads, length, group, _ = items.q.shape
-    keys, values = _block_of(call, items.table, jnp.maximum(block, 0))
-    k_pos = block[:, None] * KEY_BLOCK + jnp.arange(KEY_BLOCK, dtype=jnp.int32)[None, :]
+    number, *runs = (lax.dynamic_index_in_dim(x, turn, 1, False) for x in items.blocks[1:])
+    keys, values = _block_of(call, *runs)
+    k_pos = number[:, None] * KEY_BLOCK + jnp.arange(KEY_BLOCK, dtype=jnp.int32)[None, :]
     scores = _scores(items.q, keys)
-    seen = (k_pos[:, None] <= items.q_pos[:, :, None]) & (block >= 0)[:, None, None]
+    seen = (k_pos[:, None] <= items.q_pos[:, :, None]) & (k_pos >= 0)[:, None]
     if call.spec.window is not None:
         sinks = k_pos < call.sink_tokens
         near = items.q_pos[:, :, None] - k_pos[:, None] < call.spec.window
@@ -371,25 +447,20 @@ def _dot(x: Array, y: Array) -> Array:
     return out[:, :, :rows]
 
 
-def _block_of(call: _Call, table: Array, block: Array) -> tuple[Array, Array]:
-    """Returns (keys [I, K, KEY_BLOCK, H], values [I, K, H + 1, KEY_BLOCK]) of block int32[I]."""
+def _block_of(call: _Call, key_runs: Array, value_runs: Array) -> tuple[Array, Array]:
+    """Returns (keys [I, K, KEY_BLOCK, H], values [I, K, H + 1, KEY_BLOCK]) of one block an item."""
     keys, values = call.pages
     heads, head, rows = keys.shape[1], keys.shape[3], values.shape[2]
-    run = min(call.page_size, KEY_BLOCK)
-    within = call.page_size // run
-    start = block[:, None] * KEY_BLOCK + jnp.arange(0, KEY_BLOCK, run, dtype=jnp.int32)[None, :]
-    columns = column(start // call.page_size, table.shape[1], call.pinned_pages)
-    page = jnp.take_along_axis(table, columns, axis=1)
-    part = start % call.page_size // run
-    head_index = jnp.arange(heads, dtype=jnp.int32)
-    row_index = jnp.arange(heads * rows, dtype=jnp.int32)
-    key_run = (page[:, None] * heads + head_index[None, :, None]) * within + part[:, None]
-    value_run = (page[:, None] * (heads * rows) + row_index[None, :, None]) * within + part[:, None]
+    run = KEY_BLOCK // key_runs.shape[1]
+    head_index = jnp.arange(heads, dtype=jnp.int32) * call.runs_per_page
+    row_index = jnp.arange(heads * rows, dtype=jnp.int32) * call.runs_per_page
+    key_runs = key_runs[:, None] + head_index[None, :, None]
+    value_runs = value_runs[:, None] + row_index[None, :, None]
     # XLA fuses what stands before and after into the gather, whose loop then computes indices
     # for every element; kept apart it copies whole runs, more than ten times faster.
-    key_run, value_run = lax.optimization_barrier((key_run, value_run))
-    k = jnp.take(keys.reshape(-1, run * head), key_run, axis=0, mode="clip")
-    v = jnp.take(values.reshape(-1, run), value_run, axis=0, mode="clip")
+    key_runs, value_runs = lax.optimization_barrier((key_runs, value_runs))
+    k = keys.reshape(-1, run * head).at[key_runs].get(mode="promise_in_bounds")
+    v = values.reshape(-1, run).at[value_runs].get(mode="promise_in_bounds")
     k, v = lax.optimization_barrier((k, v))
-    shape = table.shape[0], heads
+    shape = len(key_runs), heads
     return k.reshape(*shape, KEY_BLOCK, head), v.reshape(*shape, rows, KEY_BLOCK)
