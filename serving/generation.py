@@ -101,12 +101,16 @@ def prefill(
 ) -> tuple[Array, DenseCache]:
     """Returns (float32[B, V] after each prompt's last token, the cache filled)."""
     batch, length = prompts.tokens.shape
+    given = prompts.tokens
+    if batch * length == 1:  # as in `decode_step`
+        given, length = jnp.pad(given, ((0, 0), (0, 1))), 2
     column = jnp.arange(length, dtype=jnp.int32)[None, :]
     inside = column < prompts.lengths[:, None]
     positions = jnp.where(inside, column, -1).reshape(-1)
-    tokens = jnp.where(inside, prompts.tokens, 0).reshape(-1)
+    tokens = jnp.where(inside, given, 0).reshape(-1)
     lengths = jnp.repeat(prompts.lengths, length)
     last = jnp.arange(batch) * length + prompts.lengths - 1
+    last = jnp.repeat(last, 2) if batch == 1 else last
     out, cache = forward(
         program.model,
         params,
@@ -116,7 +120,7 @@ def prefill(
         program.kernels,
         rows=last,
     )
-    return out.logits, cache
+    return out.logits[:batch], cache
 
 
 def decode_step(
@@ -133,8 +137,8 @@ def decode_step(
         step = Step(tokens, positions, positions + 1)
         out, cache = forward(program.model, params, step, cache, program.comm, program.kernels)
         return out.logits, cache
-    # One row falls off XLA's fast path on CPU, more than ten times slower than two: a padding
-    # token runs along, which the cache does not keep.
+    # One row falls off XLA's fast path on CPU, more than ten times slower than two and with other
+    # bits: a padding token runs along, which the cache does not keep.
     step = Step(jnp.append(tokens, 0), jnp.append(positions, -1), jnp.append(positions + 1, 0))
     out, cache = forward(program.model, params, step, cache, program.comm, program.kernels)
     return out.logits[:1], cache

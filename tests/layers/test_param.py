@@ -67,12 +67,12 @@ def test_a_separate_group_has_a_weight_for_each_member_in_order() -> None:
     ("platform", "dtype", "orientation"),
     [
         ("cpu", "bfloat16", Orientation.OUT_IN),
-        ("cpu", "float32", Orientation.IN_OUT),
+        ("cpu", "float32", Orientation.OUT_IN),
         ("tpu", "bfloat16", Orientation.IN_OUT),
         ("gpu", "float32", Orientation.IN_OUT),
     ],
 )
-def test_the_best_storage_depends_on_platform_and_dtype(
+def test_the_best_storage_depends_on_the_platform(
     platform: str, dtype: str, orientation: Orientation
 ) -> None:
     assert Declare.best(platform, dtype) == Declare(dtype, orientation, fuse=True)
