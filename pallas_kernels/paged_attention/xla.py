@@ -34,8 +34,11 @@ KEY_BLOCK = 128
 QUERY_BLOCK = 128
 """Queries of one sequence taken at once, where it has several."""
 
-_FEW = 4
-"""Items that are always taken together."""
+LANES = 16
+"""Sequences taken together."""
+
+FEW = 2
+"""So few go on alone once the others' keys are all seen."""
 
 MAX_SINGLE = 8
 """Most queries a sequence may have for each of them to be taken alone."""
@@ -331,14 +334,16 @@ def _by_item(q: Array | None, call: _Call) -> Array | None:
 def _attend(call: _Call, items: _Items) -> tuple[Array, Array]:
     """Returns (out float32[I, Q, K, G, H], lse float32[I, Q, K, G])."""
     count, heads, length, group, head = items.q.shape
-    shape = count, heads, length * group
+    spare = -count % LANES if count > LANES else 0
+    items = jax.tree.map(lambda x: jnp.pad(x, ((0, spare), *[(0, 0)] * (x.ndim - 1))), items)
+    shape = count + spare, heads, length * group
     empty = _Partial(jnp.full((*shape, 1), _LOWEST), jnp.zeros((*shape, head + 1)))
     start = jnp.zeros((), jnp.int32)
-    if count > _FEW:
+    if count > FEW:
         order = jnp.argsort(items.blocks.count, stable=True, descending=True)
         longest_first = jax.tree.map(lambda x: x[order], items)
         found = _turns(call, longest_first, start, empty)
-        found = jax.tree.map(lambda x: x[jnp.argsort(order)], found)
+        found = jax.tree.map(lambda x: x[jnp.argsort(order)[:count]], found)
     else:
         found = _turns(call, items, start, empty)
     total = found.out[..., head:]
@@ -353,13 +358,33 @@ def _attend(call: _Call, items: _Items) -> tuple[Array, Array]:
 def _turns(call: _Call, items: _Items, start: Array, so_far: _Partial) -> _Partial:
     """Returns attention with the blocks from the `start`-th of every item on.
 
-    Where there are many items, those with more blocks come first: while many have one left, all
-    take their next together; the few that are longer than the rest go on alone.
+    Where there are many items, those with more blocks come first. Each turn takes the next block
+    of those that have one left, LANES at a time; the last few go on alone.
     """
     count = items.blocks.count
-    few = max(2, len(count) // 8) if len(count) > _FEW else 0
+    size = len(count)
+    few = FEW if size > FEW else 0
+    lanes = min(LANES, size)
     end = jnp.maximum(count[few], start) if few else jnp.max(count)
-    so_far = lax.fori_loop(start, end, partial(_add_block, call, items), so_far)
+
+    def turn(index: Array, so_far: _Partial) -> _Partial:
+        if size == lanes:
+            return _add_block(call, items, index, so_far)
+
+        def group(number: Array, so_far: _Partial) -> _Partial:
+            at = number * lanes
+            some, before = jax.tree.map(
+                lambda x: lax.dynamic_slice_in_dim(x, at, lanes), (items, so_far)
+            )
+            after = _add_block(call, some, index, before)
+            return jax.tree.map(
+                lambda old, new: lax.dynamic_update_slice_in_dim(old, new, at, 0), so_far, after
+            )
+
+        active = jnp.sum(count > index)
+        return lax.fori_loop(0, lax.div(active + lanes - 1, lanes), group, so_far)
+
+    so_far = lax.fori_loop(start, end, turn, so_far)
     if not few:
         return so_far
     longest, begun = jax.tree.map(lambda x: x[:few], (items, so_far))

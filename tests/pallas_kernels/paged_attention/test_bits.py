@@ -69,3 +69,13 @@ def test_drafts_taken_one_by_one_are_what_they_are_together(pool: Pool, whole: n
     runs = [Run(0, 254, 4), Run(1, 3, 4)]
     found = pool.call(runs, static=(("max_query", 4),))
     np.testing.assert_array_equal(found[:4], whole[254:258])
+
+
+def test_many_tokens_at_once_have_the_bits_of_few(pool: Pool, whole: np.ndarray) -> None:
+    # More sequences than are taken together, and not a whole number of such groups.
+    starts = [150, *((7, 310, 140)[i % 3] for i in range(36))]
+    runs = [Run(0 if i == 0 else 1 + i % 5, start, 1) for i, start in enumerate(starts)]
+    found = pool.call(runs, static=SINGLE)
+    np.testing.assert_array_equal(found[0], whole[150])
+    alone = pool.call(runs[30:31])
+    np.testing.assert_array_equal(found[30], alone[0])
