@@ -43,11 +43,18 @@ class Penalties:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Filters:
-    """Parameters that cut off unlikely tokens: top_k int32[B]; top_p, min_p float32[B]."""
+    """Parameters that cut off unlikely tokens.
+
+    Attributes:
+        top_k: int32[B].
+        top_p, min_p: float32[B].
+        needed: bool[], whether they cut off anything in any row; None where that is known.
+    """
 
     top_k: Array
     top_p: Array
     min_p: Array
+    needed: Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -175,7 +182,7 @@ def choose(logits: Array, positions: Array, sampling: Sampling) -> Array:
     greedy = sampling.temperature < GREEDY_BELOW
     scaled = logits / jnp.where(greedy, 1.0, sampling.temperature)[:, None]
     if sampling.filters is not None:
-        scaled = jnp.where(_kept(scaled, sampling.filters), scaled, -jnp.inf)
+        scaled = _filtered(scaled, sampling.filters)
     weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
     # A sum taken in parallel may rise by rounding where the weight is zero: no step there.
     ladder = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0.0)
@@ -213,6 +220,17 @@ def _uniform(sampling: Sampling, positions: Array) -> Array:
         return jax.random.uniform(key)
 
     return jax.vmap(one)(sampling.seed, sampling.sample_index, positions)
+
+
+def _filtered(logits: Array, filters: Filters) -> Array:
+    """Returns logits without the tokens that the filters cut off."""
+
+    def cut(logits: Array) -> Array:
+        return jnp.where(_kept(logits, filters), logits, -jnp.inf)
+
+    if filters.needed is None:
+        return cut(logits)
+    return lax.cond(filters.needed, cut, lambda logits: logits, logits)
 
 
 def _kept(logits: Array, filters: Filters) -> Array:

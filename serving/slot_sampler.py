@@ -18,7 +18,7 @@ from jaxserve.serving.sampler import Filters, Penalties, Sampling, adjusted, cho
 from jaxserve.serving.slot_state import NUM_COLUMNS, Column, Needs, SlotState
 
 
-@jax.named_scope("sample")
+@jax.jit
 def sample_slots(
     logits: Array, positions: Array, state: SlotState, slots: Array, needs: Array
 ) -> Array:
@@ -34,25 +34,11 @@ def sample_slots(
     def changed(logits: Array) -> Array:
         return _adjusted(logits, positions, state, slots)
 
-    logits = lax.cond((needs & Needs.ADJUST) > 0, changed, lambda logits: logits, logits)
-    sampling = _drawing(state, slots)
-    filters = Filters(
-        state.params[slots, Column.TOP_K],
-        state.floats(slots, Column.TOP_P),
-        state.floats(slots, Column.MIN_P),
-    )
-
-    def greedy(logits: Array) -> Array:
-        return first_largest(logits)
-
     def drawn(logits: Array) -> Array:
-        return choose(logits, positions, sampling())
+        return choose(logits, positions, _drawing(state, slots, needs))
 
-    def filtered(logits: Array) -> Array:
-        return choose(logits, positions, sampling(filters))
-
-    how = jnp.where((needs & Needs.DRAW) > 0, jnp.where((needs & Needs.FILTER) > 0, 2, 1), 0)
-    return lax.switch(how, [greedy, drawn, filtered], logits)
+    logits = lax.cond((needs & Needs.ADJUST) > 0, changed, lambda logits: logits, logits)
+    return lax.cond((needs & Needs.DRAW) > 0, drawn, first_largest, logits)
 
 
 def _adjusted(logits: Array, positions: Array, state: SlotState, slots: Array) -> Array:
@@ -108,20 +94,23 @@ def _ends_of_bad_words(history: Array, positions: Array, words: Array) -> Array:
     return jnp.where(matches, words[:, :, -1], -1)
 
 
-def _drawing(state: SlotState, slots: Array):
-    """Returns a function from filters to the `Sampling` that `choose` draws with."""
+def _drawing(state: SlotState, slots: Array, needs: Array) -> Sampling:
+    """Returns what `choose` draws with."""
     params = state.params[slots]
-    seed = lax.bitcast_convert_type(params[:, Column.SEED_HIGH : Column.SEED_LOW + 1], jnp.uint32)
-
-    def sampling(filters: Filters | None = None) -> Sampling:
-        return Sampling(
-            temperature=state.floats(slots, Column.TEMPERATURE),
-            seed=seed,
-            sample_index=params[:, Column.SAMPLE_INDEX],
-            stop_ids=params[:, Column.FIRST_STOP_ID :],
-            min_tokens=params[:, Column.MIN_TOKENS],
-            generated=params[:, Column.MIN_TOKENS],
-            filters=filters,
-        )
-
-    return sampling
+    filters = Filters(
+        params[:, Column.TOP_K],
+        state.floats(slots, Column.TOP_P),
+        state.floats(slots, Column.MIN_P),
+        needed=(needs & Needs.FILTER) > 0,
+    )
+    return Sampling(
+        temperature=state.floats(slots, Column.TEMPERATURE),
+        seed=lax.bitcast_convert_type(
+            params[:, Column.SEED_HIGH : Column.SEED_LOW + 1], jnp.uint32
+        ),
+        sample_index=params[:, Column.SAMPLE_INDEX],
+        stop_ids=params[:, Column.FIRST_STOP_ID :],
+        min_tokens=params[:, Column.MIN_TOKENS],
+        generated=params[:, Column.MIN_TOKENS],
+        filters=filters,
+    )

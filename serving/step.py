@@ -79,7 +79,8 @@ def serving_step(
     output, cache = forward(
         program.model, params, step, cache, program.comm, program.kernels, rows=last
     )
-    drawn = sample_slots(output.logits, kv_len, state, batch.slots, batch.needs)
+    with jax.named_scope("sample"):
+        drawn = sample_slots(output.logits, kv_len, state, batch.slots, batch.needs)
     result = StepOutput(
         drawn,
         *_logprobs(output.logits, drawn, batch.needs),
