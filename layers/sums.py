@@ -1,6 +1,8 @@
-"""Sums along rows whose bits do not depend on how many rows there are."""
+"""Sums and maxima along rows; a row's bits do not depend on how many rows there are."""
 
 from __future__ import annotations
+
+from functools import reduce
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -18,3 +20,21 @@ def row_sum(x: Array) -> Array:
     ones = jnp.ones((2, x.shape[-1]), x.dtype)
     sums = lax.dot_general(padded, ones, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
     return sums[:rows, 0].reshape(x.shape[:-1])
+
+
+def row_max(x: Array) -> Array:
+    """Returns float32[B, 1], the maxima of the rows of float32[B, V].
+
+    XLA on CPU fuses a plain maximum over a large array with what is computed from it, be it an
+    exponential or a dot, and these then have other bits, in some programs others for every number
+    of rows. Maxima of runs of a row are left alone, and cost the same.
+    """
+    size = x.shape[1]
+    run = -(-size // _RUNS)
+    tops = lax.reduce_window(
+        x, -jnp.inf, lax.max, (1, run), (1, run), ((0, 0), (0, run * _RUNS - size))
+    )
+    return reduce(jnp.maximum, (tops[:, i : i + 1] for i in range(_RUNS)))
+
+
+_RUNS = 4
