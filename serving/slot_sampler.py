@@ -47,7 +47,8 @@ def _adjusted(logits: Array, positions: Array, state: SlotState, slots: Array) -
     row = jnp.arange(rows)[:, None]
     params = state.params[slots]
     only_listed = (params[:, Column.ONLY_LISTED] > 0)[:, None]
-    listed = state.listed_ids[slots]
+    own = params[:, Column.HAS_VOCABULARY] > 0
+    listed = jnp.where(own[:, None], state.listed_ids[slots], -1)
     at = jnp.where(listed >= 0, listed, vocab)  # past the end: dropped
     bias = jnp.where(jnp.broadcast_to(only_listed, logits.shape), -jnp.inf, 0.0)
     bias = bias.at[row, at].set(state.listed_bias[slots], mode="drop")
@@ -73,7 +74,8 @@ def _adjusted(logits: Array, positions: Array, state: SlotState, slots: Array) -
         bias=bias,
         penalties=penalties,
     )
-    banned = _ends_of_bad_words(history, positions, state.bad_words[slots])
+    words = jnp.where(own[:, None, None], state.bad_words[slots], -1)
+    banned = _ends_of_bad_words(history, positions, words)
     banned = jnp.where(banned >= 0, banned, vocab)
     return adjusted(logits, sampling).at[row, banned].set(-jnp.inf, mode="drop")
 

@@ -55,13 +55,14 @@ class Column(IntEnum):
     TOP_K = 4
     MIN_TOKENS = 5
     ONLY_LISTED = 6
-    TEMPERATURE = 7
-    TOP_P = 8
-    MIN_P = 9
-    REPETITION = 10
-    PRESENCE = 11
-    FREQUENCY = 12
-    FIRST_STOP_ID = 13
+    HAS_VOCABULARY = 7  # history, listed tokens and bad words are its own, not its predecessor's
+    TEMPERATURE = 8
+    TOP_P = 9
+    MIN_P = 10
+    REPETITION = 11
+    PRESENCE = 12
+    FREQUENCY = 13
+    FIRST_STOP_ID = 14
 
 
 NUM_COLUMNS = Column.FIRST_STOP_ID + MAX_STOP_IDS
@@ -173,6 +174,7 @@ def param_row(request: Request, sample_index: int) -> np.ndarray:
         min(p.top_k or 0, largest),
         min(p.min_tokens or 0, largest),
         bool(p.allowed_token_ids),
+        bool(needs(request) & Needs.ADJUST),
     ]
     row[Column.TEMPERATURE : Column.FIRST_STOP_ID] = np.array(
         [

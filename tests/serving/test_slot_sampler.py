@@ -207,6 +207,27 @@ def test_tokens_drawn_later_than_the_position_are_not_counted() -> None:
     assert found == [5, 6]
 
 
+def test_a_slot_keeps_nothing_of_the_sequence_before() -> None:
+    # A row that needs no adjusting is not sent lists; it must not use those that lie in its slot.
+    logits = np.zeros((2, VOCAB), np.float32)
+    logits[:, [4, 5, 6]] = [3.0, 2.0, 1.0]
+    before = [
+        row((1,), temperature=0, logit_bias={4: -50.0, 6: 50.0}),
+        row((1,), temperature=0, bad_word_ids=[(4,)]),
+    ]
+    assert drawn(logits, before) == [6, 5]
+    state = SlotState.create(SLOTS, HISTORY)
+    slots = np.array([0, 1], np.int32)
+    state = _admit(state, slots, np.stack([param_row(r.request, 0) for r in before]))
+    for slot, r in zip(slots, before, strict=True):
+        upload = vocabulary_rows([r.request], [r.tokens], HISTORY)
+        state = _admit_vocabulary(state, slot[None], upload)
+    after = row((1,), temperature=0)
+    state = _admit(state, slots, np.stack([param_row(after.request, 0)] * 2))
+    positions = np.full(2, len(after.tokens), np.int32)
+    assert _draw(logits, positions, state, slots, np.int32(Needs.ADJUST)).tolist() == [4, 4]
+
+
 def test_filters_leave_the_tokens_worked_out_by_hand() -> None:
     # Probabilities 0.4, 0.3, 0.2, 0.1.
     logits = np.full((SLOTS, VOCAB), -INF)
