@@ -448,7 +448,9 @@ def _add_block(call: _Call, items: _Items, turn: Array, so_far: _Partial) -> _Pa
     weights = jnp.exp(scores - top.reshape(*scores.shape[:-1], 1))
     weights = jnp.where(seen, weights, 0.0).astype(values.dtype)
     added = _dot(weights.reshape(count, heads, length * group, KEY_BLOCK), values)
-    return _Partial(top, so_far.out * jnp.exp(so_far.top - top) + added)
+    # One rounding or two: in a fused multiply-add, XLA's choice, which varies with the shapes.
+    kept = lax.optimization_barrier(so_far.out * jnp.exp(so_far.top - top))
+    return _Partial(top, kept + added)
 
 
 def _scores(q: Array, keys: Array) -> Array:
