@@ -28,6 +28,7 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 100.0
 MAX_BIASED_TOKENS = 1024
 MAX_STOP_TOKENS = 64
+MAX_STOP_IDS = 128  # with the model's own
 MAX_ALLOWED_TOKENS = 1024
 MAX_BAD_WORDS = 32
 MAX_BAD_WORD_TOKENS = 8
@@ -169,7 +170,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         id: name, unique among the open requests.
         prompt: token ids, at least one.
         params: resolved, with seed and max_tokens.
-        stop_ids: tokens that end a completion: the model's own and those of the parameters.
+        stop_ids: tokens that end a completion: the model's own and those of the parameters, up to
+            128.
         bad_word_ids: token sequences that are never completed, up to 32 of 1 to 8 tokens.
         priority: lower goes first.
         client: whose share of the machine this takes, under fair queueing.
@@ -201,6 +203,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         for name in ("seed", "max_tokens"):
             if getattr(self.params, name) is None:
                 raise UsageError(f"{name}=None is undecided; a request needs {name} in its params")
+        if len(self.stop_ids) > MAX_STOP_IDS:
+            raise UsageError(
+                f"stop_ids has {len(self.stop_ids)} tokens; at most {MAX_STOP_IDS} are allowed"
+            )
         if len(self.bad_word_ids) > MAX_BAD_WORDS:
             raise UsageError(
                 f"bad_word_ids has {len(self.bad_word_ids)} entries; "

@@ -25,11 +25,9 @@ from jaxserve.serving.request import (
     MAX_BAD_WORD_TOKENS,
     MAX_BAD_WORDS,
     MAX_BIASED_TOKENS,
+    MAX_STOP_IDS,
     Request,
 )
-
-MAX_STOP_IDS = 128
-"""Stop tokens of a request, the model's own included."""
 
 MAX_LISTED_TOKENS = max(MAX_ALLOWED_TOKENS, MAX_BIASED_TOKENS)
 
@@ -194,7 +192,10 @@ def param_row(request: Request, sample_index: int) -> np.ndarray:
 def vocabulary_rows(
     requests: Sequence[Request], tokens: Sequence[Sequence[int]], history_tokens: int
 ) -> Vocabulary:
-    """Returns the uploads of sequences whose tokens so far are `tokens`."""
+    """Returns the uploads of sequences whose tokens so far are `tokens`.
+
+    Of a sequence longer than `history_tokens` its beginning is kept.
+    """
     rows = len(requests)
     out = Vocabulary(
         np.zeros((rows, history_tokens), np.int32),
@@ -203,7 +204,8 @@ def vocabulary_rows(
         np.full((rows, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS), -1, np.int32),
     )
     for row, (request, known) in enumerate(zip(requests, tokens, strict=True)):
-        out.history[row, : len(known)] = known
+        early = known[:history_tokens]
+        out.history[row, : len(early)] = early
         p = request.params
         listed = p.allowed_token_ids or tuple(p.logit_bias)
         out.listed_ids[row, : len(listed)] = listed

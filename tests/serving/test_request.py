@@ -213,6 +213,7 @@ def test_the_lists_of_a_request_may_be_full() -> None:
         ({"prompt": (1, 2**31)}, "prompt holds 2147483648; token ids are"),
         ({"params": SamplingParams(max_tokens=4)}, "seed=None is undecided; a request needs seed"),
         ({"params": SamplingParams(seed=4)}, "max_tokens=None is undecided"),
+        ({"stop_ids": (1,) * 129}, "stop_ids has 129 tokens; at most 128 are allowed"),
         ({"bad_word_ids": ((1,),) * 33}, "bad_word_ids has 33 entries; at most 32 are allowed"),
         ({"bad_word_ids": ((),)}, "a bad word has 0 tokens; it must have 1 to 8"),
         ({"bad_word_ids": (tuple(range(9)),)}, "a bad word has 9 tokens; it must have 1 to 8"),
