@@ -148,7 +148,11 @@ def write_pages(
 ) -> Pages:
     """Returns the pages with k and v[T, K, H] at their places; see `reference.write_pages`."""
     keys, values = pages
-    v = jnp.concatenate([v.astype(values.dtype), jnp.ones((*v.shape[:2], 1), values.dtype)], axis=2)
+    v = v.astype(values.dtype)
+    # Keys that a query does not see weigh zero, and zero times infinity is no number: one
+    # sequence's overflow would reach all that share its pages' blocks, or get its pages later.
+    v = jnp.where(jnp.isfinite(v), v, jnp.zeros_like(v))
+    v = jnp.concatenate([v, jnp.ones((*v.shape[:2], 1), values.dtype)], axis=2)
     page, offset = write_places(
         page_table, row_of_token, positions, keys.shape[0], page_size, pinned_pages
     )

@@ -7,6 +7,7 @@ compared as well, exactly, because they tell of a changed bit long before a toke
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -54,9 +55,9 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 DTYPES = ("float32", "bfloat16")
 NEW_TOKENS = 12
 
-# Sums over 256 features, dots over them and exponentials of 256 scores all change bits between
+# Sums over 256 features, dots over them and exponentials of 600 scores all change bits between
 # the smallest and the largest of these shapes, wherever XLA is left to choose their order.
-VOCAB = 256
+VOCAB = 600
 LADDER = Ladder(decode_rows=(2, 8), mixed_tokens=(16, 64), mixed_rows=(8,))
 SHORT_LADDER = Ladder(decode_rows=(8,), mixed_tokens=(32,), mixed_rows=(8,))
 
@@ -127,7 +128,7 @@ def mixed_requests(lengths: Sequence[int], vocab: int = VOCAB) -> list[Request]:
         {"temperature": 1.2, "top_k": 40, "top_p": 0.9, "min_p": 0.001},
         {"temperature": 0.9, "repetition_penalty": 1.3, "presence_penalty": 0.4},
         {"temperature": 0.0, "frequency_penalty": 0.7, "logit_bias": {3: 4.0, 5: -100.0}},
-        {"temperature": 1.5, "min_tokens": 4, "stops": range(0, vocab, 3)},
+        {"temperature": 1.5, "min_tokens": 4, "stops": range(0, vocab, -(-vocab // 100))},
     ]
     return [
         request(number, random_prompt(rng, length, vocab), **kinds[number % len(kinds)])
@@ -294,6 +295,16 @@ def test_beside_one_that_is_aborted(dtype: str) -> None:
     assert found == expected(dtype)
 
 
+def test_beside_and_after_one_whose_activations_are_no_numbers(dtype: str) -> None:
+    # There is no such token, so its embedding is none; callers are stopped before they get here.
+    hurt = request(99, [VOCAB + 1] * 70, temperature=0.0)
+    used = engine(dtype, prefix_cache=False)
+    found = serve(used, [hurt, *REQUESTS])
+    assert found.pop(("99", 0))[0] == (0,) * NEW_TOKENS
+    assert found == expected(dtype)
+    assert serve(used, REQUESTS) == expected(dtype)
+
+
 @pytest.mark.parametrize("chunk", [3, 16, 50])
 def test_in_chunks_of_any_size(dtype: str, chunk: int) -> None:
     assert serve(engine(dtype, max_prefill_tokens=chunk), REQUESTS) == expected(dtype)
@@ -420,3 +431,12 @@ def test_of_the_embedded_model_in_steps_of_every_shape(dtype: str) -> None:
     wanted = functional(loaded, requests, width=150, slots=162)
     for options in (EngineOptions(), EngineOptions(page_size=64, max_step_tokens=64)):
         assert serve(ModelEngine.create(*loaded, options).engine, requests) == wanted
+
+
+def test_every_guarantee_in_the_documentation_has_its_test() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "engine.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\|.*\| `(test_\w+)` \|$", page, re.MULTILINE)
+    tests = {name for name in globals() if name.startswith("test_")}
+    assert sorted(named) == sorted(
+        tests - {"test_every_guarantee_in_the_documentation_has_its_test"}
+    )
