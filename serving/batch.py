@@ -171,7 +171,7 @@ def unpack(packed: Array, shape: StepShape, widths: Sequence[int]) -> Batch:
     ends = np.cumsum([2, *sizes])
     parts = [packed[start:end] for start, end in pairwise(ends.tolist())]
     tables = [t.reshape(rows, width) for t, width in zip(parts[7:], widths, strict=True)]
-    return Batch(packed[0], packed[1], *parts[:7], tuple(tables))
+    return Batch(packed[0], packed[1], *parts[:7], tables=tuple(tables))
 
 
 def positions_of(batch: Batch, num_cached: Array) -> tuple[Array, Array]:

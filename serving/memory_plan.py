@@ -85,7 +85,7 @@ def temporary_bytes(executables: Iterable[Any]) -> int:
     )
 
 
-def device_memory(device: jax.Device | None = None) -> int | None:
+def device_memory(device: Any = None) -> int | None:
     """Returns the bytes that programs may use on a device; None on CPU, which does not say."""
     stats = (device or jax.devices()[0]).memory_stats()
     return None if stats is None else stats.get("bytes_limit")

@@ -60,13 +60,13 @@ class _Blocks(NamedTuple):
     """Blocks of keys that items read, in the order they are read.
 
     Attributes:
-        count: int32[I], blocks of each item.
+        total: int32[I], blocks of each item.
         number: int32[I, N], where a block lies among the sequence's keys; -1 where there is none.
         key_runs, value_runs: int32[I, N, KEY_BLOCK / run], first of the runs of a block's keys and
             values in `Pages`, where a run is a page's share of a block.
     """
 
-    count: Array
+    total: Array
     number: Array
     key_runs: Array
     value_runs: Array
@@ -242,7 +242,12 @@ def _singles(
         table = page_table[row_of_tokens(q_start, tokens)]
     position = q_pos[:, None]
     blocks = _blocks(call, position, table)
-    items = _Items(_by_item(q, call), _by_item(q_sink, call), position, blocks)
+    items = _Items(
+        _by_item(q, call),
+        None if q_sink is None else _by_item(q_sink, call),
+        position,
+        blocks,
+    )
     out, lse = _attend(call, items)
     return out.reshape(q.shape).astype(q.dtype), lse.reshape(q.shape[:2])
 
@@ -325,10 +330,8 @@ def _runs(
     return out[:tokens], lse[:tokens]
 
 
-def _by_item(q: Array | None, call: _Call) -> Array | None:
+def _by_item(q: Array, call: _Call) -> Array:
     """Returns [I, K, Q, G, H] for q[I, N, H] (one query an item) or [I, Q, N, H]."""
-    if q is None:
-        return None
     q = q[:, None] if q.ndim == 3 else q
     items, length, num_heads, head = q.shape
     heads = call.spec.num_kv_heads
@@ -344,7 +347,7 @@ def _attend(call: _Call, items: _Items) -> tuple[Array, Array]:
     empty = _Partial(jnp.full((*shape, 1), _LOWEST), jnp.zeros((*shape, head + 1)))
     start = jnp.zeros((), jnp.int32)
     if count > FEW:
-        order = jnp.argsort(items.blocks.count, stable=True, descending=True)
+        order = jnp.argsort(items.blocks.total, stable=True, descending=True)
         longest_first = jax.tree.map(lambda x: x[order], items)
         found = _turns(call, longest_first, start, empty)
         found = jax.tree.map(lambda x: x[jnp.argsort(order)[:count]], found)
@@ -365,7 +368,7 @@ def _turns(call: _Call, items: _Items, start: Array, so_far: _Partial) -> _Parti
     Where there are many items, those with more blocks come first. Each turn takes the next block
     of those that have one left, LANES at a time; the last few go on alone.
     """
-    count = items.blocks.count
+    count = items.blocks.total
     size = len(count)
     few = FEW if size > FEW else 0
     lanes = min(LANES, size)

@@ -152,7 +152,7 @@ def mixed(rng: random.Random, count: int) -> list[Request]:
                 name,
                 common[: rng.choice([0, 0, 5, 8, 24])] + own,
                 max_tokens=rng.randint(1, 24),
-                stop_ids=tuple(rng.sample(range(VOCAB), rng.choice([0, 40, 200]))),
+                stop_ids=tuple(rng.sample(range(VOCAB), rng.choice([0, 40, 128]))),
                 n=n,
                 temperature=1.0 if n > 1 else rng.choice([0.0, 1.0]),
                 seed=rng.randrange(1000),
@@ -192,7 +192,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "four shards, few pages": {
         "num_shards": 4,
         "num_slots": 2,
-        "groups": (GroupLimits(num_pages=18),),
+        "groups": (GroupLimits(num_pages=16),),
     },
     "fair": {"policy": "fair"},
 }

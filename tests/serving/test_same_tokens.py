@@ -380,7 +380,8 @@ def test_with_log_probabilities_and_without(dtype: str) -> None:
 def test_with_log_probabilities_of_the_prompt(dtype: str) -> None:
     scored = [with_params(r, prompt_logprobs=1) for r in REQUESTS[2:6]]
     found: list[dict[str, Any]] = []
-    for changes in ({}, {"max_prefill_tokens": 7}):
+    cases: list[dict[str, Any]] = [{}, {"max_prefill_tokens": 7}]
+    for changes in cases:
         used, taken = engine(dtype, **changes), Collected()
         for r in scored:
             used.submit(r, taken.events.append)

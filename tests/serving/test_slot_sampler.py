@@ -303,7 +303,8 @@ def test_a_row_without_any_token_left_still_draws_from_the_vocabulary(temperatur
 def test_logits_that_are_no_numbers_give_a_token_of_the_vocabulary() -> None:
     logits = np.full((2, VOCAB), np.nan)
     logits[1] = np.linspace(0.0, 1.0, VOCAB)
-    for fields in ({"temperature": 0}, {"temperature": 1.0}, {"top_p": 0.5}):
+    cases: list[dict[str, Any]] = [{"temperature": 0}, {"temperature": 1.0}, {"top_p": 0.5}]
+    for fields in cases:
         hurt, whole = drawn(logits, [row(**fields)] * 2)
         assert hurt == 0
         assert whole == functional(logits[1:], [row(**fields)])[0]
