@@ -10,7 +10,8 @@ each round every engine runs the whole trace once, one engine working at a time.
 static batches: requests as they come, padded on the left, each batch until its longest is done. The
 warm-up turn tries batches of 8 and 16, and the rounds take the faster. Reported are medians over
 the rounds and the median of the rounds' ratios. Peers are found as `benchmarks/peers/README.md`
-says; a round of all three takes about three minutes on two cores.
+says; most of the time is Hugging Face's: on two cores all three need more than a quarter of an hour
+before the first round.
 """
 
 from __future__ import annotations

@@ -42,14 +42,6 @@ class OursTrace:
             "threads": threads,
         }
 
-    def prefill(self, prompts: list[list[int]]) -> Sample:
-        """Times reading all prompts and choosing one token for each."""
-        return self.trace(TraceTask(prompts, [1] * len(prompts)))
-
-    def decode(self, prompts: list[list[int]], tokens: int) -> Sample:
-        """Refuses: `ours.py` tells decode from prefill."""
-        raise NotImplementedError("this worker answers trace; use the worker ours for decode")
-
     def trace(self, task: TraceTask) -> Sample:
         """Times all requests, and adds what the engine tells of the run."""
         trace = [

@@ -85,8 +85,11 @@ class Engine(Protocol):
         """
 
 
-class TraceEngine(Engine, Protocol):
-    """What a peer implements that also answers `trace`."""
+class TraceEngine(Protocol):
+    """What a peer implements that answers `trace`, beside the commands of `Engine` or alone."""
+
+    def load(self, model: Path, threads: int) -> dict[str, Any]:
+        """As `Engine.load`."""
 
     def trace(self, task: TraceTask) -> Sample:
         """Times all requests of a trace, greedy, from handing them over to the last token.
@@ -106,7 +109,7 @@ def vocab_size(model: Path) -> int:
     return json.loads((model / "config.json").read_text())["vocab_size"]
 
 
-def serve(engine: Engine) -> None:
+def serve(engine: Engine | TraceEngine) -> None:
     """Answers commands from standard input until it ends."""
     answers = _claim_stdout()
     vocab = 0
@@ -122,17 +125,17 @@ def serve(engine: Engine) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def _answer(engine: Engine, command: dict[str, Any], vocab: int) -> dict[str, Any]:
+def _answer(engine: Engine | TraceEngine, command: dict[str, Any], vocab: int) -> dict[str, Any]:
     """Returns the answer to one command."""
     match command:
         case {"op": "load", "model": model, "threads": threads}:
             return engine.load(Path(model), threads)
         case {"op": "prefill", "batch": batch, "tokens": tokens}:
             prompts = random_prompts(batch, tokens, vocab, command.get("seed", 0))
-            return dataclasses.asdict(engine.prefill(prompts))
+            return dataclasses.asdict(cast(Engine, engine).prefill(prompts))
         case {"op": "decode", "batch": batch, "prompt": prompt, "tokens": tokens}:
             prompts = random_prompts(batch, prompt, vocab, command.get("seed", 0))
-            return dataclasses.asdict(engine.decode(prompts, tokens))
+            return dataclasses.asdict(cast(Engine, engine).decode(prompts, tokens))
         case {"op": "trace", "prompts": prompts, "outputs": outputs}:
             task = TraceTask(prompts, outputs, command.get("batch"))
             return dataclasses.asdict(cast(TraceEngine, engine).trace(task))

@@ -412,9 +412,9 @@ def _blocks(call: _Call, q_pos: Array, table: Array) -> _Blocks:
         turn = jnp.arange(room + 1 + call.sink_blocks, dtype=jnp.int32)[None, :]
         far = jnp.iinfo(jnp.int32).max
         oldest = jnp.min(jnp.where(q_pos < 0, far, q_pos), axis=1) - call.spec.window + 1
-        first = jnp.minimum(lax.div(jnp.maximum(oldest, 0), KEY_BLOCK), count)
-        first = jnp.maximum(first, jnp.minimum(call.sink_blocks, count))
         sinks = jnp.minimum(call.sink_blocks, count)
+        first = jnp.minimum(lax.div(jnp.maximum(oldest, 0), KEY_BLOCK), count)
+        first = jnp.maximum(first, sinks)
         number = jnp.where(turn < call.sink_blocks, turn, first[:, None] + turn - call.sink_blocks)
         count = sinks + count - first
     number = jnp.where(turn < count[:, None], number, -1)
