@@ -7,11 +7,10 @@ All requests of a trace with ShareGPT-like lengths (`jaxserve/benchmark/trace.py
 start, each with the number of tokens it is to get; end-of-text ends nothing. Every engine runs the
 135M-parameter checkpoint of `decode.py` in bfloat16, greedy, on all cores, and they take turns: in
 each round every engine runs the whole trace once, one engine working at a time. Hugging Face gets
-static batches: requests as they come, padded on the left, each batch until its longest is done. The
-warm-up turn tries batches of 8 and 16, and the rounds take the faster. Reported are medians over
-the rounds and the median of the rounds' ratios. Peers are found as `benchmarks/peers/README.md`
-says; most of the time is Hugging Face's: on two cores all three need more than a quarter of an hour
-before the first round.
+static batches: requests as they come, padded on the left, each batch until its longest is done. Its
+warm-up tries batches of 8 and 16 on the trace's first 16 requests, and the rounds take the faster.
+Reported are medians over the rounds and the median of the rounds' ratios. Peers are found as
+`benchmarks/peers/README.md` says; most of the time is Hugging Face's.
 """
 
 from __future__ import annotations
@@ -130,9 +129,9 @@ def _warm_up(
         if name != "huggingface":
             _run(peer, trace, None)
             continue
-        _run(peer, trace[:2], 2)
         for batch in STATIC_BATCHES:
-            tried[batch] = round(_run(peer, trace, batch).requests_per_s, 3)
+            first = trace[: max(STATIC_BATCHES)]
+            tried[batch] = round(_run(peer, first, batch).requests_per_s, 3)
     return max(tried, key=tried.__getitem__, default=None), tried
 
 
