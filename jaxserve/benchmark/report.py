@@ -11,10 +11,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jaxserve.benchmark.metrics import KvSample, KvWaste, Latencies, Record, Slo, Spread, Throughput
+from jaxserve.benchmark.figures import (
+    LATENCIES,
+    aligned,
+    limits_line,
+    ms,
+    number,
+    rounded,
+    run_fields,
+    sizes,
+    sizes_line,
+    spread_line,
+)
+from jaxserve.benchmark.metrics import KvSample, KvWaste, Record, Slo
 from jaxserve.benchmark.trace import TraceSpec
-
-LATENCIES = ("ttft", "tpot", "itl", "e2e")
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,6 @@ class Result:
 
     def fields(self) -> dict[str, Any]:
         """Returns the result as JSON shows it; times are in seconds."""
-        rates = Throughput.of(self.records, self.slo)
         waste = KvWaste.of(self.samples)
         engine = self.engine
         asked = engine.prefix_queries
@@ -103,32 +112,18 @@ class Result:
             "trace": {
                 "lengths": "log-normal, ShareGPT",
                 **{k: getattr(self.spec, k) for k in ("requests", "seed", "scale", "rate")},
-                "prompt_tokens": _sizes([record.prompt_tokens for record in self.records]),
-                "output_tokens": _sizes([record.output_tokens for record in self.records]),
+                "prompt_tokens": sizes([record.prompt_tokens for record in self.records]),
+                "output_tokens": sizes([record.output_tokens for record in self.records]),
             },
             "failed_requests": len(self.failures),
-            "duration_s": _number(rates.duration_s),
-            "requests_per_s": _number(rates.requests_per_s),
-            "output_tokens_per_s": _number(rates.output_tokens_per_s),
-            "total_tokens_per_s": _number(rates.total_tokens_per_s),
-            **self._latencies(),
-            "goodput": {
-                "slo_ttft_s": self.slo.ttft_s,
-                "slo_tpot_s": self.slo.tpot_s,
-                "requests_per_s": _number(rates.good_requests_per_s),
-                "fraction": _number(rates.good_fraction),
-            },
-            "kv_waste": None if waste is None else _rounded(asdict(waste)),
-            "step": _rounded(asdict(engine.times)),
+            **run_fields(self.records, self.slo),
+            "kv_waste": None if waste is None else rounded(asdict(waste)),
+            "step": rounded(asdict(engine.times)),
             "compiles_after_ready": engine.compiles.steps,
-            "compiled": _rounded(asdict(engine.compiles)),
+            "compiled": rounded(asdict(engine.compiles)),
             "preemptions": engine.preemptions,
-            "prefix_hit_rate": _number(engine.prefix_hits / asked) if asked else 0.0,
+            "prefix_hit_rate": number(engine.prefix_hits / asked) if asked else 0.0,
         }
-
-    def _latencies(self) -> dict[str, Any]:
-        found = asdict(Latencies.of(self.records))
-        return {f"{name}_s": found[name] and _rounded(found[name]) for name in LATENCIES}
 
 
 def table(fields: dict[str, Any]) -> str:
@@ -138,21 +133,21 @@ def table(fields: dict[str, Any]) -> str:
     lines = [
         ("model", f"{fields['model']}, {fields['dtype']}, {fields['device']}"),
         ("requests", f"{trace['requests']}, {rate}, seed {trace['seed']}"),
-        ("prompt", _sizes_line(trace["prompt_tokens"])),
-        ("output", _sizes_line(trace["output_tokens"])),
+        ("prompt", sizes_line(trace["prompt_tokens"])),
+        ("output", sizes_line(trace["output_tokens"])),
         ("", ""),
         ("duration", f"{fields['duration_s']:.2f} s"),
         ("requests/s", f"{fields['requests_per_s']:.2f}"),
         ("output tokens/s", f"{fields['output_tokens_per_s']:.1f}"),
         ("total tokens/s", f"{fields['total_tokens_per_s']:.1f}"),
-        ("goodput", f"{goodput['requests_per_s']:.2f} requests/s, {_limits(goodput)}"),
+        ("goodput", f"{goodput['requests_per_s']:.2f} requests/s, {limits_line(goodput)}"),
         ("", ""),
-        *[(name.upper(), _spread_line(fields[f"{name}_s"])) for name in LATENCIES],
+        *[(name.upper(), spread_line(fields[f"{name}_s"])) for name in LATENCIES],
         ("", ""),
         ("KV waste", _waste_line(fields["kv_waste"])),
         (
             "step",
-            f"{_ms(step['device_p50_s'])} device, {_ms(step['host_p50_s'])} host at p50; "
+            f"{ms(step['device_p50_s'])} device, {ms(step['host_p50_s'])} host at p50; "
             f"{step['steps']} steps",
         ),
         (
@@ -165,22 +160,7 @@ def table(fields: dict[str, Any]) -> str:
     ]
     if fields["failed_requests"]:
         lines.append(("failed", f"{fields['failed_requests']} requests"))
-    return "\n".join(f"{name:<16} {value}".rstrip() for name, value in lines)
-
-
-def _sizes(counts: Sequence[int]) -> dict[str, Any]:
-    spread = Spread.of(counts)
-    return {"total": sum(counts)} | ({} if spread is None else _rounded(asdict(spread)))
-
-
-def _sizes_line(sizes: dict[str, Any]) -> str:
-    return f"{sizes['mean']:.0f} tokens mean, {sizes['p50']:.0f} p50, {sizes['p99']:.0f} p99"
-
-
-def _spread_line(spread: dict[str, float] | None) -> str:
-    if spread is None:
-        return "-"
-    return f"{_ms(spread['p50'])} p50, {_ms(spread['p99'])} p99, {_ms(spread['mean'])} mean"
+    return aligned(lines)
 
 
 def _waste_line(waste: dict[str, float] | None) -> str:
@@ -192,27 +172,5 @@ def _waste_line(waste: dict[str, float] | None) -> str:
 def _compiles_line(compiled: dict[str, Any]) -> str:
     line = f"{compiled['steps']} after ready"
     if compiled["programs"]:
-        line += f"; XLA compiled {compiled['programs']} programs in {_ms(compiled['seconds'])}"
+        line += f"; XLA compiled {compiled['programs']} programs in {ms(compiled['seconds'])}"
     return line
-
-
-def _limits(goodput: dict[str, Any]) -> str:
-    asked = [
-        f"{name.upper()} <= {goodput[f'slo_{name}_s']:g} s"
-        for name in ("ttft", "tpot")
-        if goodput[f"slo_{name}_s"] is not None
-    ]
-    return f"{goodput['fraction']:.0%} within {', '.join(asked)}" if asked else "no limits set"
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.2f} ms"
-
-
-def _rounded(fields: dict[str, Any]) -> dict[str, Any]:
-    return {k: _number(v) if isinstance(v, float) else v for k, v in fields.items()}
-
-
-def _number(value: float) -> float:
-    """Returns six significant digits: more are noise."""
-    return float(f"{value:.6g}")

@@ -73,6 +73,8 @@ class TraceSpec:
             output to what is left.
         rate: mean arrivals per second of a Poisson process; None: all requests are there at once.
         scale: factor on both mean lengths.
+        variant: another one has other tokens, and nothing else differs; for a prefix cache that
+            would know the prompts of an earlier run.
     """
 
     requests: int
@@ -81,11 +83,13 @@ class TraceSpec:
     context: int
     rate: float | None = None
     scale: float = 1.0
+    variant: int = 0
 
     def __post_init__(self) -> None:
         checks = (
             ("requests", self.requests, self.requests >= 1, "a whole number >= 1"),
             ("seed", self.seed, self.seed >= 0, "a whole number >= 0"),
+            ("variant", self.variant, self.variant >= 0, "a whole number >= 0"),
             ("scale", self.scale, 0 < self.scale < math.inf, "a number above 0"),
             (
                 "rate",
@@ -123,6 +127,8 @@ class TraceRequest:
 def make_trace(spec: TraceSpec) -> list[TraceRequest]:
     """Returns the requests in the order they are due, the first at 0 s."""
     lengths, tokens, arrivals = (np.random.default_rng([spec.seed, k]) for k in range(3))
+    if spec.variant:
+        tokens = np.random.default_rng([spec.seed, 1, spec.variant])
     drawn = SHAREGPT_PROMPT.draw(lengths, spec.requests, spec.scale)
     prompts = np.clip(np.rint(drawn), MIN_PROMPT_TOKENS, spec.context // 2).astype(int)
     drawn = SHAREGPT_OUTPUT.draw(lengths, spec.requests, spec.scale)

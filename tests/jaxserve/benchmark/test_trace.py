@@ -82,6 +82,14 @@ def test_no_two_prompts_share_a_page():
     assert len({request.prompt[:MIN_PROMPT_TOKENS] for request in trace}) == 300
 
 
+def test_another_variant_has_other_tokens_and_nothing_else_differs():
+    first, second = (make_trace(dataclasses.replace(SPEC, variant=v)) for v in (0, 1))
+    for one, other in zip(first, second, strict=True):
+        assert one.prompt != other.prompt
+        assert dataclasses.replace(one, prompt=()) == dataclasses.replace(other, prompt=())
+        assert len(one.prompt) == len(other.prompt)
+
+
 def test_ids_are_of_the_vocabulary_and_none_is_special():
     trace = make_trace(dataclasses.replace(SPEC, vocab_size=FIRST_ID + 2))
     assert {i for request in trace for i in request.prompt} == {FIRST_ID, FIRST_ID + 1}
@@ -92,6 +100,7 @@ def test_ids_are_of_the_vocabulary_and_none_is_special():
     [
         ({"requests": 0}, "requests=0 .* >= 1"),
         ({"seed": -1}, "seed=-1 .* >= 0"),
+        ({"variant": -1}, "variant=-1 .* >= 0"),
         ({"rate": 0.0}, "rate=0.0 .* above 0"),
         ({"rate": float("inf")}, "rate=inf .* left out"),
         ({"scale": 0.0}, "scale=0.0 .* above 0"),
