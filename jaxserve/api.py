@@ -10,7 +10,6 @@ for piece in llm.stream("import ", max_tokens=32, temperature=0):
 
 from __future__ import annotations
 
-import secrets
 import sys
 import time
 from collections import deque
@@ -26,34 +25,25 @@ from jax import Array
 from jaxserve.checkpoint import GenerationDefaults, inspect, load_params
 from jaxserve.checkpoint.locate import locate
 from jaxserve.compile_cache import enable as enable_compile_cache
-from jaxserve.completion import CompletionBuilder
 from jaxserve.config import ModelConfig, StreamingCache
-from jaxserve.errors import ContextLengthError, QueueFullError, TokenizerError, UsageError
+from jaxserve.errors import QueueFullError, UsageError
 from jaxserve.layers.decoder import Model, Params
 from jaxserve.layers.param import Declare
 from jaxserve.pallas_kernels import kernel_set
 from jaxserve.partitioning.collectives import LocalComm
 from jaxserve.progress import Show, Unit, reporter
 from jaxserve.serving.build import ModelEngine
+from jaxserve.serving.completion import CompletionBuilder
 from jaxserve.serving.engine import Engine
 from jaxserve.serving.generation import Program, logits
+from jaxserve.serving.intake import Intake, Prompt
 from jaxserve.serving.options import EngineOptions
-from jaxserve.serving.request import (
-    MAX_BAD_WORD_TOKENS,
-    Completion,
-    Request,
-    SamplingParams,
-    TokenEvent,
-)
+from jaxserve.serving.request import Completion, Request, SamplingParams, TokenEvent
 from jaxserve.serving.runner import CompileReport, ModelRunner
 from jaxserve.slow_tokenizer import OTHER_FILES, SENTENCEPIECE_FILES
 from jaxserve.tokenizer import FAST_FILE, Tokenizer
 
-Prompt = str | Sequence[int]
 Message = Mapping[str, str]
-
-DEFAULT_MAX_TOKENS = 128
-"""Length of a completion when neither the request nor the model names one."""
 
 _NEUTRAL_FOR_BEAMS = {
     "temperature": 0.0,
@@ -135,6 +125,7 @@ class LLM:
 
     Attributes:
         config, tokenizer, defaults: as given.
+        intake: makes requests of prompts and sampling parameters.
         eos_token_ids: tokens that end a completion.
         program: what the functions of `serving.generation` take beside the weights.
     """
@@ -157,8 +148,8 @@ class LLM:
         self.config = config
         self.tokenizer = tokenizer
         self.defaults = GenerationDefaults() if defaults is None else defaults
-        known = () if tokenizer is None else tokenizer.eos_token_ids
-        self.eos_token_ids = self.defaults.eos_token_ids or known
+        self.intake = Intake.of(config, tokenizer, self.defaults)
+        self.eos_token_ids = self.intake.eos_token_ids
         self.program = program
         self._params = params
         self._options = EngineOptions() if engine is None else engine
@@ -312,9 +303,7 @@ class LLM:
         self, messages: Sequence[Message], sampling: SamplingParams | None = None, **fields: Any
     ) -> TextStream:
         """Returns an iterator over the pieces of the assistant's answer."""
-        if self.tokenizer is None:
-            raise TokenizerError("this checkpoint has no tokenizer; chat needs one")
-        return self.stream(self.tokenizer.chat(messages), sampling, **fields)
+        return self.stream(self.intake.chat(messages), sampling, **fields)
 
     def logits(self, token_ids: Any) -> Array:
         """Returns float32[..., T, V], the scores after each of the tokens int[..., T]."""
@@ -327,100 +316,18 @@ class LLM:
                 "logits takes token ids as integers, in a list or in lists of one length, at "
                 f"least one; not {token_ids!r:.80}"
             )
-        self._check_ids([int(token) for token in tokens.ravel()])
+        self.intake.check_ids([int(token) for token in tokens.ravel()])
         rows = tokens.reshape(-1, tokens.shape[-1]).astype(np.int32)
         out = self._logits(self.program, self.params, rows)
         return out.reshape(*tokens.shape, -1)
 
     def _request(self, prompt: Prompt, asked: SamplingParams, **fields: Any) -> Request:
         """Returns a request with every parameter decided; `fields` are others of `Request`."""
-        ids = self._encode(prompt)
-        params = asked.resolved(sampling_defaults(self.defaults))
-        self._check_ids([*params.logit_bias, *params.stop_token_ids, *params.allowed_token_ids])
-        if params.stop and self.tokenizer is None:
-            raise UsageError("stop strings need a tokenizer; use stop_token_ids")
-        room = self.config.max_context_tokens - len(ids)
-        if room < 1:
-            raise ContextLengthError(
-                f"a prompt of {len(ids)} tokens leaves no room in the context of "
-                f"{self.config.max_context_tokens} tokens; shorten it to at most "
-                f"{self.config.max_context_tokens - 1}"
-            )
-        if (asked.max_tokens or 1) > room:
-            raise ContextLengthError(
-                f"a prompt of {len(ids)} tokens and max_tokens={asked.max_tokens} exceed the "
-                f"context of {self.config.max_context_tokens} tokens; shorten the prompt or use "
-                f"max_tokens up to {room}"
-            )
-        wanted = params.max_tokens
-        if wanted is None and self.defaults.max_length is not None:
-            wanted = max(1, self.defaults.max_length - len(ids))
-        seed = params.seed
-        if seed is None:
-            seed = 0 if params.greedy else secrets.randbits(63)
-        params = msgspec.structs.replace(
-            params, seed=seed, max_tokens=min(wanted or DEFAULT_MAX_TOKENS, room)
+        request = self.intake.request(
+            prompt, asked, id=f"request-{self._num_requests + 1}", **fields
         )
-        if (params.min_tokens or 0) > (params.max_tokens or 0):
-            raise UsageError(
-                f"min_tokens={params.min_tokens} exceeds max_tokens={params.max_tokens}, which is "
-                "the default or what the context leaves; set max_tokens or lower min_tokens"
-            )
-        eos = () if params.ignore_eos else self.eos_token_ids
-        stops = tuple(sorted({*eos, *params.stop_token_ids}))
         self._num_requests += 1
-        return Request(
-            id=f"request-{self._num_requests}",
-            prompt=tuple(ids),
-            params=params,
-            stop_ids=stops,
-            bad_word_ids=self._bad_words(params.bad_words),
-            **fields,
-        )
-
-    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Returns the token forms of words: at the start of a text and after a space."""
-        if words and self.tokenizer is None:
-            raise TokenizerError("bad_words need a tokenizer, and this checkpoint has none")
-        forms: dict[tuple[int, ...], None] = {}
-        for word in words:
-            assert self.tokenizer is not None
-            for text in (word, f" {word.lstrip()}"):
-                ids = tuple(self.tokenizer.encode(text, add_special_tokens=False))
-                if len(ids) > MAX_BAD_WORD_TOKENS:
-                    raise UsageError(
-                        f"bad word {word!r} has {len(ids)} tokens; at most {MAX_BAD_WORD_TOKENS} "
-                        "are supported"
-                    )
-                if ids:
-                    forms[ids] = None
-        return tuple(forms)
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise TokenizerError(
-                    "this checkpoint has no tokenizer; pass the prompt as a list of token ids"
-                )
-            ids = self.tokenizer.encode(prompt)
-        else:
-            ids = [int(i) for i in prompt if isinstance(i, int | np.integer)]
-            if len(ids) != len(prompt):
-                raise UsageError(
-                    f"a prompt is text or a list of token ids (integers), not {prompt!r:.80}"
-                )
-            self._check_ids(ids)
-        if not ids:
-            raise UsageError("the prompt is empty; give at least one token of text")
-        return ids
-
-    def _check_ids(self, ids: Sequence[int]) -> None:
-        outside = [i for i in ids if not 0 <= i < self.config.vocab_size]
-        if outside:
-            raise UsageError(
-                f"token id {outside[0]} is outside the vocabulary of {self.config.vocab_size}; "
-                f"use 0 to {self.config.vocab_size - 1}"
-            )
+        return request
 
 
 class _Batch:
@@ -535,20 +442,6 @@ def is_single(prompts: Any) -> bool:
 def has_tokenizer(path: Path) -> bool:
     """Returns whether a checkpoint directory holds files of a tokenizer."""
     return any((path / name).exists() for name in TOKENIZER_FILES)
-
-
-def sampling_defaults(defaults: GenerationDefaults) -> dict[str, Any]:
-    """Returns the values of `SamplingParams` fields that a generation_config.json states."""
-    values = {
-        "temperature": 0.0 if defaults.greedy else defaults.temperature,
-        "top_k": defaults.top_k,
-        "top_p": defaults.top_p,
-        "min_p": defaults.min_p,
-        "repetition_penalty": defaults.repetition_penalty,
-        "max_tokens": defaults.max_new_tokens,
-        "min_tokens": defaults.min_new_tokens,
-    }
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def run_dtype(asked: str | None, stored: str) -> str:

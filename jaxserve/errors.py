@@ -40,7 +40,15 @@ class ContextLengthError(UsageError):
 
 
 class QueueFullError(JaxserveError):
-    """The queue holds as many requests or tokens as it may; the request can be sent again."""
+    """The queue holds as many requests or tokens as it may; the request can be sent again.
+
+    Attributes:
+        retry_after_s: seconds after which that is worth while.
+    """
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class CapacityError(UsageError):
@@ -49,3 +57,31 @@ class CapacityError(UsageError):
 
 class GenerationError(JaxserveError):
     """A request failed while it ran; the message gives the cause."""
+
+
+class UnavailableError(JaxserveError):
+    """Whoever would serve this starts, stops or has failed; the request can be sent again.
+
+    Attributes:
+        retry_after_s: seconds after which that is worth while.
+    """
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineError(JaxserveError):
+    """A request would be, or is, answered later than its sender waits."""
+
+
+class TooLargeError(JaxserveError):
+    """A message is larger than any that is read."""
+
+
+class NotFoundError(UsageError):
+    """A request names a model or a route that is not served."""
+
+
+class UnauthenticatedError(JaxserveError):
+    """A request has no API key, or one that is not known."""

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from jaxserve.errors import JaxserveError, UsageError
+from jaxserve.errors import UnavailableError, UsageError
 from jaxserve.serving.beam import BeamRules, BeamSearch, beam_rules
 from jaxserve.serving.metrics import EngineMetrics, StepTimes
 from jaxserve.serving.replies import OpenRequest, Sink, StepReading
@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 __all__ = ["Engine", "Sink", "StoppedError"]
 
 
-class StoppedError(JaxserveError):
+class StoppedError(UnavailableError):
     """The engine takes no requests: it was stopped, or could not recover from a failure."""
 
 
@@ -77,6 +77,10 @@ class Engine:
         runner: computes; forgets its pages when a step failed.
         config: of the scheduler.
         clock: the one that `StepResult.ready_s` is read from.
+
+    Attributes:
+        after_events: called in the loop whenever sinks took events, once for all of a step; for
+            those who hand them on together.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class Engine:
     ) -> None:
         self._runner = runner
         self._config = config
+        self.after_events: Callable[[], None] = _nothing
         self._clock = clock
         self._guard = threading.Condition()  # over scheduler, open requests and the flags
         self._scheduler = Scheduler(config)
@@ -117,7 +122,7 @@ class Engine:
             UsageError: a request of this id is under way, or it asks for what beam search lacks.
             StoppedError: the engine takes no requests.
         """
-        entry = OpenRequest.create(request, sink, self._beam_rules(request))
+        entry = OpenRequest.create(request, sink, self._beam_rules(request), self._clock())
         with self._guard:
             if self._closed is not None:
                 raise StoppedError(self._closed)
@@ -153,7 +158,7 @@ class Engine:
     def metrics(self) -> EngineMetrics:
         """Returns what was counted so far."""
         with self._guard:
-            return self._times.snapshot(self._scheduler.stats())
+            return self._times.snapshot(self._scheduler.stats(), self._clock())
 
     def start(self) -> None:
         """Runs the loop in a thread, which sleeps while there is nothing to do."""
@@ -308,6 +313,10 @@ class Engine:
         now = self._clock()
         self._in_flight.append(_Flight(plan, ticket, now, self._scored(plan)))
         self._times.prompt_tokens += len(plan.tokens)
+        self._times.step_tokens.add(sum(plan.counts))
+        for admission in plan.admissions:
+            if (entry := self._open.get(admission.request.id)) is not None:
+                self._times.of_requests.started(entry.timeline, began)
         self._times.spent("dispatch", now - began)
 
     def _collect(self) -> list[Delivery]:
@@ -321,7 +330,7 @@ class Engine:
         times.spent("wait", now - began)
         with self._guard:
             events = self._scheduler.commit(flight.plan.number, result.tokens, result.counts)
-            deliveries = self._deliveries(flight, result, events)
+            deliveries = self._deliveries(flight, result, events, now)
         times.spent("commit", clock() - now)
         times.done(flight.dispatched_s, result.ready_s)
         return deliveries
@@ -329,6 +338,7 @@ class Engine:
     def _deliver(self, deliveries: Sequence[Delivery]) -> None:
         """Hands events to their sinks; a sink that raises loses its request."""
         began = self._clock()
+        before = self._times.output_tokens
         for entry, event in deliveries:
             if entry.sink is _no_sink:
                 continue
@@ -339,6 +349,9 @@ class Engine:
                 _log.exception("the sink of request %r failed; it is aborted", entry.request.id)
                 entry.sink = _no_sink
                 self._end(entry, "abort")
+        if deliveries:
+            self._times.tokens.add(self._times.output_tokens - before, began)
+            self.after_events()
         self._times.spent("deliver", self._clock() - began)
 
     def _recover(self, error: Exception) -> None:
@@ -374,8 +387,9 @@ class Engine:
     # From committed tokens to events; called with the guard held.
 
     def _deliveries(
-        self, flight: _Flight, result: StepResult, events: Sequence[Event]
+        self, flight: _Flight, result: StepResult, events: Sequence[Event], now_s: float
     ) -> list[Delivery]:
+        gained = self._times.of_requests.gained
         reading = StepReading(flight.plan, result)
         for row, entry in flight.scored:
             entry.score_prompt(row, reading)
@@ -384,6 +398,7 @@ class Engine:
             entry = self._open.get(event.sequence.request.id)
             if entry is None:
                 continue
+            gained(entry.timeline, event.sequence.sample_index, len(event.tokens), now_s)
             if entry.search is not None:
                 deliveries += self._search(entry, entry.search, event, reading)
                 continue
@@ -425,6 +440,8 @@ class Engine:
         self._times.finished[reason] += 1
         if not entry.remaining:
             del self._open[entry.request.id]
+            prompt = len(entry.request.prompt)
+            self._times.of_requests.ended(entry.timeline, prompt, self._clock())
             if not self._open:
                 self._guard.notify_all()
 
@@ -450,6 +467,10 @@ class Engine:
 
 def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+def _nothing() -> None:
+    """Does nothing, where nobody waits for the events of a step as a whole."""
 
 
 def _no_sink(event: TokenEvent) -> None:

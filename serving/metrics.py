@@ -8,9 +8,15 @@ gaps.summary().p99
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
+
+from jaxserve.serving.request import RequestTimes
 
 RECENT = 4096
 """Values that percentiles are taken over."""
@@ -62,6 +68,179 @@ def _percentile(ordered: list[float], percent: float) -> float:
     return ordered[math.ceil(len(ordered) * percent / 100) - 1]
 
 
+class HistogramSnapshot(msgspec.Struct, frozen=True):
+    """A histogram at one moment.
+
+    Attributes:
+        bounds: upper bounds of the buckets; the last one has none.
+        counts: values in each, one more than there are bounds.
+        total: sum of all values.
+    """
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    total: float
+
+
+class Histogram:
+    """Counts values by bucket. One thread writes it; another may take a snapshot.
+
+    Args:
+        bounds: upper bounds of the buckets, which include them, ascending.
+    """
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(self._bounds) + 1)
+        self._total = 0.0
+
+    def add(self, value: float) -> None:
+        """Counts one value."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._total += value
+
+    def snapshot(self) -> HistogramSnapshot:
+        """Returns the counts of this moment."""
+        return HistogramSnapshot(self._bounds, tuple(self._counts), self._total)
+
+
+class Rate:
+    """How much of something came per second lately. Times are the caller's clock.
+
+    Args:
+        window_s: how far back it looks.
+    """
+
+    def __init__(self, window_s: float = 5.0) -> None:
+        self._window_s = window_s
+        self._marks: deque[tuple[float, int]] = deque()
+        self._sum = 0
+
+    def add(self, amount: int, now_s: float) -> None:
+        """Counts what came now."""
+        self._sum += amount
+        marks = self._marks
+        if marks and now_s - marks[-1][0] < self._window_s / 50:
+            marks[-1] = (marks[-1][0], marks[-1][1] + amount)
+        else:
+            marks.append((now_s, amount))
+        self._forget(now_s)
+
+    def per_s(self, now_s: float) -> float:
+        """Returns the mean over the window."""
+        self._forget(now_s)
+        return self._sum / self._window_s
+
+    def _forget(self, now_s: float) -> None:
+        marks = self._marks
+        while marks and now_s - marks[0][0] > self._window_s:
+            self._sum -= marks.popleft()[1]
+
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_GAPS = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.1, 1)
+_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 131072)
+
+
+@dataclass(slots=True)
+class Timeline:
+    """When what happened to a request, by the engine's clock; the engine alone writes it."""
+
+    submitted_s: float = 0.0
+    started_s: float | None = None
+    first_s: float | None = None
+    last_s: dict[int, float] = field(default_factory=dict[int, float])
+    num_tokens: int = 0
+    _told: bool = False
+
+    def take_times(self, last: bool) -> RequestTimes | None:
+        """Returns where the time went, the first time it is asked and the last.
+
+        Args:
+            last: a sample ends.
+        """
+        if (self._told and not last) or self.first_s is None or self.started_s is None:
+            return None
+        self._told = True
+        return RequestTimes(
+            self.started_s - self.submitted_s,
+            self.first_s - self.started_s,
+            max(self.last_s.values()) - self.first_s,
+        )
+
+
+class RequestHistograms:
+    """Histograms of requests by the names that dashboards know; the engine alone writes them."""
+
+    def __init__(self) -> None:
+        self.time_to_first_token = Histogram(_SECONDS)
+        self.inter_token_latency = Histogram(_SECONDS)
+        self.e2e_latency = Histogram(_SECONDS)
+        self.queue_time = Histogram(_SECONDS)
+        self.prefill_time = Histogram(_SECONDS)
+        self.decode_time = Histogram(_SECONDS)
+        self.prompt_tokens = Histogram(_TOKENS)
+        self.generation_tokens = Histogram(_TOKENS)
+        self.starts = Rate(10.0)
+
+    def started(self, timeline: Timeline, now_s: float) -> None:
+        """Notes that a request got a slot; what is preempted later has had its start."""
+        if timeline.started_s is None:
+            timeline.started_s = now_s
+            self.queue_time.add(now_s - timeline.submitted_s)
+            self.starts.add(1, now_s)
+
+    def gained(self, timeline: Timeline, sample_index: int, count: int, now_s: float) -> None:
+        """Notes tokens of a sample."""
+        timeline.num_tokens += count
+        if (before := timeline.last_s.get(sample_index)) is not None:
+            self.inter_token_latency.add(now_s - before)
+        elif timeline.first_s is None:
+            timeline.first_s = now_s
+            self.time_to_first_token.add(now_s - timeline.submitted_s)
+            self.prefill_time.add(now_s - (timeline.started_s or now_s))
+        timeline.last_s[sample_index] = now_s
+
+    def ended(self, timeline: Timeline, prompt_tokens: int, now_s: float) -> None:
+        """Notes that a request is over."""
+        self.e2e_latency.add(now_s - timeline.submitted_s)
+        self.prompt_tokens.add(prompt_tokens)
+        self.generation_tokens.add(timeline.num_tokens)
+        if timeline.first_s is not None:
+            self.decode_time.add(max(timeline.last_s.values()) - timeline.first_s)
+
+    def snapshots(self) -> dict[str, HistogramSnapshot]:
+        """Returns the histograms of this moment, by name."""
+        return {
+            name: histogram.snapshot()
+            for name, histogram in vars(self).items()
+            if isinstance(histogram, Histogram)
+        }
+
+
+class MetricsSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """What servers publish of an engine; it travels between processes.
+
+    Attributes:
+        gauges: running, waiting, waiting_tokens, pages, pages_held, pages_cached, tokens_per_s,
+            expected_wait_s, in_flight, host_gap_seconds_p99.
+        counters: prompt_tokens, generated_tokens, requests, steps, failures, preemptions,
+            prefix_query_tokens, prefix_hit_tokens, compiles_after_ready, and whatever the servers
+            add.
+        finished: samples by finish reason.
+        histograms: of requests and steps.
+        phase_seconds: time of the engine's loop by phase.
+        startup_seconds: by phase.
+    """
+
+    gauges: dict[str, float]
+    counters: dict[str, float]
+    finished: dict[str, int] = {}
+    histograms: dict[str, HistogramSnapshot] = {}
+    phase_seconds: dict[str, float] = {}
+    startup_seconds: dict[str, float] = {}
+
+
 @dataclass(frozen=True)
 class EngineMetrics:
     """The engine at one moment. Times are in seconds, counts since it was made.
@@ -78,6 +257,10 @@ class EngineMetrics:
         device_seconds: per step, from the later of its dispatch and the end of the one before.
         host_seconds: per step, time of the loop that was not spent waiting for the device.
         phase_seconds: sums: schedule, dispatch, wait, commit, deliver.
+        tokens_per_s: given to sinks in the last seconds.
+        expected_wait_s: how long a request that comes now will probably wait for a slot: as long
+            as those before it need at the rate of the last seconds.
+        histograms: of requests and steps, by name.
         scheduler: the scheduler's own counts.
     """
 
@@ -91,6 +274,9 @@ class EngineMetrics:
     device_seconds: Summary
     host_seconds: Summary
     phase_seconds: dict[str, float]
+    tokens_per_s: float
+    expected_wait_s: float
+    histograms: dict[str, HistogramSnapshot]
     scheduler: Any
 
 
@@ -107,6 +293,10 @@ class StepTimes:
     host_gap: Distribution = field(default_factory=Distribution)
     device: Distribution = field(default_factory=Distribution)
     host: Distribution = field(default_factory=Distribution)
+    of_requests: RequestHistograms = field(default_factory=RequestHistograms)
+    host_gaps: Histogram = field(default_factory=lambda: Histogram(_GAPS))
+    step_tokens: Histogram = field(default_factory=lambda: Histogram(_TOKENS))
+    tokens: Rate = field(default_factory=Rate)
     phases: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(
             ("schedule", "dispatch", "wait", "commit", "deliver"), 0.0
@@ -125,7 +315,9 @@ class StepTimes:
         """Counts a step by when its dispatch returned and when its results were there."""
         before = self._ready_s
         if before is not None:
-            self.host_gap.add(max(0.0, dispatched_s - before))
+            gap = max(0.0, dispatched_s - before)
+            self.host_gap.add(gap)
+            self.host_gaps.add(gap)
         self.device.add(max(0.0, ready_s - max(dispatched_s, before or dispatched_s)))
         self.host.add(self._host_s)
         self.steps += 1
@@ -135,8 +327,12 @@ class StepTimes:
         """Notes that the device has nothing to do for want of work, not because of the host."""
         self._ready_s = None
 
-    def snapshot(self, scheduler: Any) -> EngineMetrics:
+    def snapshot(self, scheduler: Any, now_s: float) -> EngineMetrics:
         """Returns the counts of this moment."""
+        starts_per_s = self.of_requests.starts.per_s(now_s)
+        histograms = self.of_requests.snapshots()
+        histograms["host_gap"] = self.host_gaps.snapshot()
+        histograms["iteration_tokens"] = self.step_tokens.snapshot()
         return EngineMetrics(
             self.requests,
             dict(self.finished),
@@ -148,5 +344,41 @@ class StepTimes:
             self.device.summary(),
             self.host.summary(),
             dict(self.phases),
+            self.tokens.per_s(now_s),
+            scheduler.waiting / starts_per_s if starts_per_s else 0.0,
+            histograms,
             scheduler,
         )
+
+
+def snapshot(metrics: EngineMetrics) -> MetricsSnapshot:
+    """Returns an engine's counts as they travel between processes."""
+    stats = metrics.scheduler
+    pages, held = sum(stats.pages_free + stats.pages_held + stats.pages_cached), stats.pages_held
+    return MetricsSnapshot(
+        gauges={
+            "running": stats.running + stats.loading,
+            "waiting": stats.waiting + stats.resuming,
+            "waiting_tokens": stats.waiting_tokens,
+            "pages": pages,
+            "pages_held": sum(held),
+            "pages_cached": sum(stats.pages_cached),
+            "tokens_per_s": metrics.tokens_per_s,
+            "expected_wait_s": metrics.expected_wait_s,
+            "in_flight": stats.in_flight,
+            "host_gap_seconds_p99": metrics.host_gap_seconds.p99,
+        },
+        counters={
+            "requests": metrics.requests,
+            "prompt_tokens": metrics.prompt_tokens,
+            "generated_tokens": metrics.output_tokens,
+            "steps": metrics.steps,
+            "failures": metrics.failures,
+            "preemptions": stats.preemptions,
+            "prefix_query_tokens": stats.prefix_query_tokens,
+            "prefix_hit_tokens": stats.prefix_hit_tokens,
+        },
+        finished=metrics.finished,
+        histograms=metrics.histograms,
+        phase_seconds=metrics.phase_seconds,
+    )

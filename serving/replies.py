@@ -14,6 +14,7 @@ from typing import Self
 import msgspec
 
 from jaxserve.serving.beam import BeamRules, BeamSearch, Candidate
+from jaxserve.serving.metrics import Timeline
 from jaxserve.serving.request import FinishReason, Request, TokenEvent, TokenLogprob
 from jaxserve.serving.runner import StepLogprobs, StepResult
 from jaxserve.serving.scheduler import Event, RowKind, StepPlan
@@ -69,6 +70,7 @@ class OpenRequest:
         prompt_logprobs: filled while the prompt is read, given with the first event.
         search: of a beam search.
         candidates: of the beams that wait for the others of their step, by sample index.
+        timeline: when what happened to it.
     """
 
     request: Request
@@ -77,26 +79,32 @@ class OpenRequest:
     prompt_logprobs: list[TokenLogprob | None] | None = None
     search: BeamSearch | None = None
     candidates: dict[int, Sequence[Candidate]] = field(default_factory=dict)
+    timeline: Timeline = field(default_factory=Timeline)
 
     @classmethod
-    def create(cls, request: Request, sink: Sink, rules: BeamRules | None = None) -> Self:
+    def create(
+        cls, request: Request, sink: Sink, rules: BeamRules | None = None, now_s: float = 0.0
+    ) -> Self:
         """Returns a request that has just come.
 
         Args:
             rules: of a beam search, whose samples are its hypotheses.
+            now_s: the engine's clock.
         """
         entry = cls(request, sink, set(range(request.params.n if rules is None else rules.width)))
         if request.params.prompt_logprobs is not None:
             entry.prompt_logprobs = [None for _ in request.prompt]
         if rules is not None:
             entry.search = BeamSearch(rules)
+        entry.timeline.submitted_s = now_s
         return entry
 
     def event(self, event: Event, reading: StepReading) -> TokenEvent:
         """Returns what one sample gained in a step."""
         sequence, reason, tokens = event.sequence, event.finish_reason, tuple(event.tokens)
         asked = self.request.params.logprobs
-        if reason is None and asked is None and self.prompt_logprobs is None:  # most events
+        times = self.timeline.take_times(reason is not None)
+        if reason is None and asked is None and times is None:  # most events
             index, cached = sequence.sample_index, sequence.cached_tokens
             return TokenEvent(self.request.id, index, tokens, cached_tokens=cached)
         return TokenEvent(
@@ -108,6 +116,7 @@ class OpenRequest:
             cached_tokens=sequence.cached_tokens,
             stop_token=reason == "stop" and tokens[-1] in sequence.stop_ids,
             prompt_logprobs=self._take_prompt_logprobs(),
+            times=times,
         )
 
     def score_prompt(self, row: int, reading: StepReading) -> None:
@@ -155,6 +164,8 @@ class OpenRequest:
         ]
         if found and (scores := self._take_prompt_logprobs()) is not None:
             found[0] = msgspec.structs.replace(found[0], prompt_logprobs=scores)
+        if found:
+            found[0] = msgspec.structs.replace(found[0], times=self.timeline.take_times(True))
         # A vocabulary can be too small for as many hypotheses; each sample has its end anyway.
         return found + self.last_events("length")[len(found) :]
 

@@ -264,6 +264,20 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
+class RequestTimes(msgspec.Struct, frozen=True):
+    """Where the time of a request went, in seconds.
+
+    Attributes:
+        queue_s: until it got a slot.
+        prefill_s: from there to its first token.
+        decode_s: from there to the newest token of a sample.
+    """
+
+    queue_s: float
+    prefill_s: float
+    decode_s: float = 0.0
+
+
 class TokenEvent(msgspec.Struct, frozen=True):
     """New tokens of one completion, or its end, or both.
 
@@ -277,6 +291,7 @@ class TokenEvent(msgspec.Struct, frozen=True):
         error: why it failed, where the finish reason is "error".
         stop_token: the last token id is a stop token, which ended the completion.
         prompt_logprobs: on the first event, one entry per token of the prompt, the first None.
+        times: on the first event of the request, and on the last one of a completion.
     """
 
     request_id: str
@@ -288,6 +303,7 @@ class TokenEvent(msgspec.Struct, frozen=True):
     error: str | None = None
     stop_token: bool = False
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    times: RequestTimes | None = None
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import jaxserve as js
-from jaxserve.api import DEFAULT_MAX_TOKENS
 from jaxserve.layers.param import Declare
 from jaxserve.serving.generation import logits
+from jaxserve.serving.intake import DEFAULT_MAX_TOKENS
 
 PROMPTS = ["def add(a, b):\n", "import os", "class Stack:\n    def __init__(self):\n        self."]
 

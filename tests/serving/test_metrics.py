@@ -1,5 +1,7 @@
 """What the engine counts, by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from jaxserve.serving.metrics import RECENT, Distribution, StepTimes
@@ -67,7 +69,7 @@ def test_the_loop_is_timed_by_phase_and_by_step() -> None:
 
 def test_a_snapshot_does_not_change_later() -> None:
     times = StepTimes()
-    before = times.snapshot(None)
+    before = times.snapshot(SimpleNamespace(waiting=0), 0.0)
     times.spent("wait", 1.0)
     times.finished["stop"] += 1
     assert before.phase_seconds["wait"] == 0

@@ -1,12 +1,13 @@
 """From tokens to text, end and usage of one completion."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from jaxserve.completion import CompletionBuilder
 from jaxserve.errors import GenerationError
+from jaxserve.serving.completion import CompletionBuilder
+from jaxserve.serving.fake_service import byte_tokenizer
 from jaxserve.serving.request import Request, SamplingParams, TokenEvent, TokenLogprob, Usage
 from jaxserve.tokenizer import Tokenizer
 
@@ -15,9 +16,9 @@ TEXT = "return a + b\nthe quick brown fox"
 
 
 @pytest.fixture(scope="module")
-def letters(tokenizer_of: Callable[[str], Tokenizer]) -> Tokenizer:
+def letters() -> Tokenizer:
     """Returns a tokenizer in which every byte is a token."""
-    return tokenizer_of("byte_level")
+    return byte_tokenizer()
 
 
 def request(params: SamplingParams) -> Request:

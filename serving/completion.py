@@ -65,6 +65,16 @@ class CompletionBuilder:
         self._text += pieces
         return "".join(pieces)
 
+    @property
+    def num_tokens(self) -> int:
+        """Returns how many tokens the completion has; a stop token is not one of them."""
+        return len(self._token_ids)
+
+    def tokens_from(self, start: int) -> tuple[tuple[int, ...], tuple[TokenLogprob, ...] | None]:
+        """Returns the token ids from `start` on, and their log-probabilities where asked for."""
+        asked = self._request.params.logprobs is not None
+        return tuple(self._token_ids[start:]), tuple(self._logprobs[start:]) if asked else None
+
     def completion(self) -> Completion:
         """Returns the finished completion.
 
