@@ -112,7 +112,13 @@ class Answer:
         self._stream.close()
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
-        """Yields what comes.
+        """Yields what comes; errors as `steps`."""
+        async for deltas in self.steps():
+            for delta in deltas:
+                yield delta
+
+    async def steps(self) -> AsyncIterator[list[Delta]]:
+        """Yields what came since the last turn, one delta a sample.
 
         Raises:
             GenerationError: the request failed while it ran.
@@ -121,8 +127,8 @@ class Answer:
             QueueFullError: it was read too slowly.
         """
         async for events in self._stream:
-            for delta in self._deltas(events):
-                yield delta
+            if deltas := self._deltas(events):
+                yield deltas
 
     @property
     def seed(self) -> int:
