@@ -1,4 +1,4 @@
-"""`jaxserve bench`: measures the engine on this machine."""
+"""`jaxserve bench`: measures the engine on this machine, or a server."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Annotated
 
 import typer
 
+from jaxserve.benchmark.serve_cli import serve
 from jaxserve.errors import JaxserveError
 
-app = typer.Typer(help="Measure the engine on this machine.", no_args_is_help=True)
+app = typer.Typer(help="Measure the engine on this machine, or a server.", no_args_is_help=True)
+app.command()(serve)
 
 
 @app.callback()
 def _bench() -> None:
-    """Measure the engine on this machine."""
+    """Measure the engine on this machine, or a server."""
 
 
 @app.command()

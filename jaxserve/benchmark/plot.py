@@ -48,8 +48,8 @@ def save_plot(result: Result, path: Path) -> None:
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     panels: Any = figure.subplots(2, 2)
-    _draw_shares(panels[0, 0], "from due to first and last token", _first_and_last(result.records))
-    _draw_shares(panels[0, 1], "per token", _per_token(result.records))
+    draw_shares(panels[0, 0], "from due to first and last token", _first_and_last(result.records))
+    draw_shares(panels[0, 1], "per token", _per_token(result.records))
     _draw_rate(panels[1, 0], result.records)
     _draw_memory(panels[1, 1], result.samples)
     fields = result.fields()
@@ -73,7 +73,7 @@ def _per_token(records: Sequence[Record]) -> dict[str, list[float]]:
     }
 
 
-def _draw_shares(axes: Axes, title: str, series: dict[str, list[float]]) -> None:
+def draw_shares(axes: Axes, title: str, series: dict[str, list[float]]) -> None:
     """Draws which share of the values is at most so large."""
     for name, values in series.items():
         axes.ecdf(values, label=name) if values else axes.plot([], [], label=name)
