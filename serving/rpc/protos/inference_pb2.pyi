@@ -275,10 +275,8 @@ class AbortRequest(_message.Message):
     def __init__(self, request_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class AbortResponse(_message.Message):
-    __slots__ = ("aborted",)
-    ABORTED_FIELD_NUMBER: _ClassVar[int]
-    aborted: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, aborted: _Optional[_Iterable[str]] = ...) -> None: ...
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class GetModelInfoRequest(_message.Message):
     __slots__ = ()
@@ -325,7 +323,7 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("running", "waiting", "waiting_tokens", "total_pages", "free_pages", "generated_tokens", "tokens_per_s")
+    __slots__ = ("running", "waiting", "waiting_tokens", "total_pages", "free_pages", "generated_tokens", "tokens_per_s", "expected_wait_s")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -333,6 +331,7 @@ class GetLoadResponse(_message.Message):
     FREE_PAGES_FIELD_NUMBER: _ClassVar[int]
     GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_WAIT_S_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     waiting_tokens: int
@@ -340,4 +339,5 @@ class GetLoadResponse(_message.Message):
     free_pages: int
     generated_tokens: int
     tokens_per_s: float
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., total_pages: _Optional[int] = ..., free_pages: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., tokens_per_s: _Optional[float] = ...) -> None: ...
+    expected_wait_s: float
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., total_pages: _Optional[int] = ..., free_pages: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., expected_wait_s: _Optional[float] = ...) -> None: ...
