@@ -1,0 +1,1 @@
+"""OpenAI-compatible HTTP, KServe's REST and a page, over one `Service`."""
