@@ -125,7 +125,7 @@ class Vllm:
 
 def preload() -> None:
     """Starts this process again with libtcmalloc and libiomp5 preloaded, unless it has them."""
-    libraries = [_find_tcmalloc(), Path(sys.prefix) / "lib" / "libiomp5.so"]
+    libraries = [find_tcmalloc(), Path(sys.prefix) / "lib" / "libiomp5.so"]
     for library in libraries:
         if not library.exists():
             raise FileNotFoundError(f"{library} is missing; see benchmarks/peers/README.md")
@@ -134,7 +134,7 @@ def preload() -> None:
         os.execve(sys.executable, sys.orig_argv, {**os.environ, "LD_PRELOAD": wanted})
 
 
-def _find_tcmalloc() -> Path:
+def find_tcmalloc() -> Path:
     """Returns where the system keeps libtcmalloc."""
     folders = [Path("/usr/lib/x86_64-linux-gnu"), Path("/usr/lib64"), Path("/usr/lib")]
     return next((f / TCMALLOC for f in folders if (f / TCMALLOC).exists()), folders[0] / TCMALLOC)
