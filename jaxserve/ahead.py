@@ -11,7 +11,6 @@ from pathlib import Path
 
 import jax
 
-from jaxserve.api import run_dtype
 from jaxserve.checkpoint import inspect
 from jaxserve.checkpoint.locate import locate
 from jaxserve.compile_cache import enable as enable_compile_cache
@@ -21,6 +20,7 @@ from jaxserve.pallas_kernels import kernel_set
 from jaxserve.partitioning.collectives import LocalComm
 from jaxserve.serving.build import ModelEngine
 from jaxserve.serving.generation import Program
+from jaxserve.serving.model_files import run_dtype
 from jaxserve.serving.options import EngineOptions
 
 

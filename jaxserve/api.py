@@ -37,11 +37,11 @@ from jaxserve.serving.completion import CompletionBuilder
 from jaxserve.serving.engine import Engine
 from jaxserve.serving.generation import Program, logits
 from jaxserve.serving.intake import Intake, Prompt
+from jaxserve.serving.model_files import has_tokenizer, run_dtype
 from jaxserve.serving.options import EngineOptions
 from jaxserve.serving.request import Completion, Request, SamplingParams, TokenEvent
 from jaxserve.serving.runner import CompileReport, ModelRunner
-from jaxserve.slow_tokenizer import OTHER_FILES, SENTENCEPIECE_FILES
-from jaxserve.tokenizer import FAST_FILE, Tokenizer
+from jaxserve.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
 
@@ -55,9 +55,6 @@ _NEUTRAL_FOR_BEAMS = {
     "logprobs": 0,
 }
 """A search follows log-probabilities: the model's own sampling defaults do not count."""
-
-DTYPES = ("bfloat16", "float32")
-TOKENIZER_FILES = (FAST_FILE, *SENTENCEPIECE_FILES, *OTHER_FILES)
 
 
 def load(
@@ -437,24 +434,6 @@ def is_single(prompts: Any) -> bool:
     return isinstance(prompts, str) or (
         len(prompts) > 0 and all(isinstance(item, int | np.integer) for item in prompts)
     )
-
-
-def has_tokenizer(path: Path) -> bool:
-    """Returns whether a checkpoint directory holds files of a tokenizer."""
-    return any((path / name).exists() for name in TOKENIZER_FILES)
-
-
-def run_dtype(asked: str | None, stored: str) -> str:
-    """Returns the dtype to run in: the one asked for, or that of the checkpoint if we run it.
-
-    Raises:
-        UsageError: models do not run in the dtype asked for.
-    """
-    if asked is None:
-        return stored if stored in DTYPES else "bfloat16"
-    if asked not in DTYPES:
-        raise UsageError(f"dtype={asked!r} is not supported; use {' or '.join(DTYPES)}")
-    return asked
 
 
 def _check_params(params: Params, model: Model) -> None:

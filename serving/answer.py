@@ -184,7 +184,8 @@ class Answer:
     def _note(self, event: TokenEvent) -> None:
         """Takes what an event says of the request as a whole."""
         if event.error is not None:
-            raise GenerationError(event.error)
+            kind = event.error.partition(":")[0]  # the rest is for the log, it may hold paths
+            raise GenerationError(f"the step that computed this failed ({kind}); send it again")
         self._cached = max(self._cached, event.cached_tokens)
         if event.times is not None:
             self._times = event.times

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from jaxserve.errors import UnavailableError, UsageError
 from jaxserve.serving.beam import BeamRules, BeamSearch, beam_rules
-from jaxserve.serving.metrics import EngineMetrics, StepTimes
+from jaxserve.serving.metrics import EngineMetrics, StepTimes, Watch
 from jaxserve.serving.replies import OpenRequest, Sink, StepReading
 from jaxserve.serving.request import FinishReason, Request, TokenEvent
 from jaxserve.serving.runner import Runner, StepResult
@@ -81,6 +81,8 @@ class Engine:
     Attributes:
         after_events: called in the loop whenever sinks took events, once for all of a step; for
             those who hand them on together.
+        before_start: called in the loop with the ids of requests, before their first step.
+        watch: tells how long the loop has been at one turn.
     """
 
     def __init__(
@@ -92,6 +94,8 @@ class Engine:
         self._runner = runner
         self._config = config
         self.after_events: Callable[[], None] = _nothing
+        self.before_start: Callable[[list[str]], None] | None = None
+        self.watch = Watch()
         self._clock = clock
         self._guard = threading.Condition()  # over scheduler, open requests and the flags
         self._scheduler = Scheduler(config)
@@ -158,7 +162,8 @@ class Engine:
     def metrics(self) -> EngineMetrics:
         """Returns what was counted so far."""
         with self._guard:
-            return self._times.snapshot(self._scheduler.stats(), self._clock())
+            stats = self._scheduler.stats()
+        return self._times.snapshot(stats, self._clock())
 
     def start(self) -> None:
         """Runs the loop in a thread, which sleeps while there is nothing to do."""
@@ -210,6 +215,11 @@ class Engine:
                     )
                 )
             self._forget()
+
+    def forget_counts(self) -> None:
+        """Counts from zero again; for an engine that was tried out before it serves."""
+        self._times = StepTimes()
+        self.watch = Watch()
 
     def _forget(self) -> None:
         """Empties scheduler and runner."""
@@ -271,6 +281,13 @@ class Engine:
             pass
 
     def _turn(self) -> bool:
+        self.watch.begin(self._clock())
+        try:
+            return self._take_turn()
+        finally:
+            self.watch.end(self._clock())
+
+    def _take_turn(self) -> bool:
         clock, times = self._clock, self._times
         self._obey()
         began = clock()
@@ -309,20 +326,33 @@ class Engine:
 
     def _dispatch(self, plan: StepPlan) -> None:
         began = self._clock()
+        num_tokens = sum(plan.counts)
+        self._times.step_tokens.add(num_tokens)
+        self.watch.waits_for(num_tokens, len(plan.slots))
+        if plan.admissions:
+            self._start_requests(plan, began)
         ticket = self._runner.dispatch(plan)
         now = self._clock()
         self._in_flight.append(_Flight(plan, ticket, now, self._scored(plan)))
         self._times.prompt_tokens += len(plan.tokens)
-        self._times.step_tokens.add(sum(plan.counts))
-        for admission in plan.admissions:
-            if (entry := self._open.get(admission.request.id)) is not None:
-                self._times.of_requests.started(entry.timeline, began)
         self._times.spent("dispatch", now - began)
+
+    def _start_requests(self, plan: StepPlan, now_s: float) -> None:
+        """Notes which requests get their first slot."""
+        started: list[str] = []
+        for admission in plan.admissions:
+            entry = self._open.get(admission.request.id)
+            if entry is not None and entry.timeline.started_s is None:
+                self._times.of_requests.started(entry.timeline, now_s)
+                started.append(entry.request.id)
+        if started and self.before_start is not None:
+            self.before_start(started)
 
     def _collect(self) -> list[Delivery]:
         """Returns the events of the oldest step, once it is done."""
         clock, times = self._clock, self._times
         flight = self._in_flight[0]
+        self.watch.waits_for(sum(flight.plan.counts), len(flight.plan.slots))
         began = clock()
         result = self._runner.collect(flight.ticket)
         now = clock()

@@ -10,8 +10,11 @@ Its tokenizer has one token per byte, and one more that ends a text. Its tokens 
 from __future__ import annotations
 
 import json
+import os
+import sys
 import tempfile
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
@@ -20,13 +23,17 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+import jaxserve
 from jaxserve.checkpoint.generation_config import GenerationDefaults
 from jaxserve.serving.engine import Engine
+from jaxserve.serving.engine_process import Made, serve
 from jaxserve.serving.fake_runner import FakeRunner
 from jaxserve.serving.intake import Intake
 from jaxserve.serving.pages import GroupLimits
-from jaxserve.serving.plan import SchedulerConfig
+from jaxserve.serving.plan import SchedulerConfig, StepPlan
 from jaxserve.serving.service import LocalService, ModelCard
+from jaxserve.serving.supervisor import Backoff, RemoteService
+from jaxserve.serving.wire import Start
 from jaxserve.tokenizer import Tokenizer
 
 END_ID = 256
@@ -78,11 +85,33 @@ def fake_card(name: str = "fake") -> ModelCard:
     )
 
 
-def fake_engine(step_s: float = 0.0, **changes: Any) -> Engine:
+class TrickRunner(FakeRunner):
+    """A `FakeRunner` that a prompt can hang or kill.
+
+    Attributes:
+        hang_id, die_id: a prompt with this token makes the step last forever, or ends the process.
+    """
+
+    hang_id: int | None = None
+    die_id: int | None = None
+
+    def dispatch(self, plan: StepPlan) -> Any:
+        """Returns a ticket, or does not."""
+        if self.hang_id in plan.tokens:
+            time.sleep(1e6)
+        if self.die_id in plan.tokens:
+            os._exit(3)
+        return super().dispatch(plan)
+
+
+def fake_engine(
+    step_s: float = 0.0, hang_id: int | None = None, die_id: int | None = None, **changes: Any
+) -> Engine:
     """Returns an engine over a `FakeRunner`, not started.
 
     Args:
         step_s: seconds of a step.
+        hang_id, die_id: see `TrickRunner`.
         changes: fields of `SchedulerConfig`.
     """
     fields: dict[str, Any] = {
@@ -93,7 +122,9 @@ def fake_engine(step_s: float = 0.0, **changes: Any) -> Engine:
         "max_context_tokens": CONTEXT,
     }
     config = SchedulerConfig(**(fields | changes))
-    return Engine(FakeRunner(config, VOCAB_SIZE, step_s), config)
+    runner = TrickRunner(config, VOCAB_SIZE, step_s)
+    runner.hang_id, runner.die_id = hang_id, die_id
+    return Engine(runner, config)
 
 
 @asynccontextmanager
@@ -105,3 +136,27 @@ async def fake_service(step_s: float = 0.0, **changes: Any) -> AsyncIterator[Loc
         yield service
     finally:
         await service.stop()
+
+
+def remote_fake(backoff: Backoff | None = None, **fields: Any) -> RemoteService:
+    """Returns a service whose fake engine runs in a process of its own; it is not started.
+
+    Args:
+        fields: as of `fake_engine`.
+    """
+    groups = [group.num_pages for group in fields.pop("groups", ())]
+    start = Start(json.dumps(fields | ({"num_pages": groups} if groups else {})))
+    command = (sys.executable, "-m", "jaxserve.serving.fake_service")
+    return RemoteService(start, fake_intake(), fake_card(), command, backoff)
+
+
+def _build(start: Start, phase: Callable[[str], None]) -> Made:
+    phase("fake")
+    fields = json.loads(start.model)
+    if pages := fields.pop("num_pages", None):
+        fields["groups"] = tuple(map(GroupLimits, pages))
+    return Made(fake_engine(**fields), {"versions": {"jaxserve": jaxserve.__version__}})
+
+
+if __name__ == "__main__":
+    os._exit(serve(int(sys.argv[1]), _build))

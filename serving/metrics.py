@@ -142,6 +142,43 @@ _GAPS = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 131072)
 
 
+class Watch:
+    """Tells how long the engine's loop has been at one turn. Another thread may look.
+
+    Turns of a kind (steps of one size) take about the same time, so that one that takes many
+    times as long as the slowest before is a stall.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.busy = False
+        self._began_s = 0.0
+        self._kind = (0, 0)
+        self._slowest: dict[tuple[int, int], float] = {}
+
+    def begin(self, now_s: float) -> None:
+        """Notes that a turn begins."""
+        self.number += 1
+        self._began_s = now_s
+        self._kind = (0, 0)
+        self.busy = True
+
+    def waits_for(self, num_tokens: int, num_rows: int) -> None:
+        """Notes what the turn waits for: a step of so many tokens and rows."""
+        self._kind = (num_tokens.bit_length(), num_rows.bit_length())
+
+    def end(self, now_s: float) -> None:
+        """Notes that the turn is over."""
+        self.busy = False
+        taken = now_s - self._began_s
+        if taken > self._slowest.get(self._kind, 0.0):
+            self._slowest[self._kind] = taken
+
+    def slowest_s(self) -> float:
+        """Returns the time of the slowest turn of the present one's kind."""
+        return self._slowest.get(self._kind, 0.0)
+
+
 @dataclass(slots=True)
 class Timeline:
     """When what happened to a request, by the engine's clock; the engine alone writes it."""

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxserve.config import CacheGroup, ModelConfig
 from jaxserve.errors import UsageError
-from jaxserve.serving.kv_cache import CacheGeometry, GroupGeometry
 from jaxserve.serving.pages import table_width
 from jaxserve.serving.scheduler import GroupLimits, SchedulerConfig
+
+if TYPE_CHECKING:  # what a person may set is read by processes without JAX
+    from jaxserve.serving.kv_cache import CacheGeometry, GroupGeometry
 
 DEFAULT_KV_BYTES = 1 << 30
 """Room for keys and values where neither the user nor the device names one."""
@@ -84,6 +86,8 @@ def size_cache(
     Raises:
         UsageError: the room does not hold one sequence of the model's full context.
     """
+    from jaxserve.serving.kv_cache import CacheGeometry
+
     groups = config.cache_groups(dtype)
     context = config.max_context_tokens
 
@@ -117,6 +121,8 @@ def size_cache(
 
 def _group(group: CacheGroup, tokens: int, context: int, options: EngineOptions) -> GroupGeometry:
     """Returns a group's share of a pool of `tokens` tokens."""
+    from jaxserve.serving.kv_cache import GroupGeometry
+
     size, spec = options.page_size, group.spec
     width = table_width(size, context, options.max_step_tokens, spec.window, spec.sink_tokens)
     pages = math.ceil(tokens / size)

@@ -268,6 +268,24 @@ class LocalService:
             self._loop.call_soon_threadsafe(self._streams.route, events)
 
 
+EMPTY_METRICS = MetricsSnapshot(
+    gauges=dict.fromkeys(
+        (
+            "running",
+            "waiting",
+            "waiting_tokens",
+            "pages",
+            "pages_held",
+            "pages_cached",
+            "tokens_per_s",
+            "expected_wait_s",
+        ),
+        0.0,
+    ),
+    counters={"generated_tokens": 0.0},
+)
+"""Of an engine that has told nothing yet; not to be written to."""
+
 REASONS = {
     State.STARTING: "the engine starts",
     State.READY: "",

@@ -26,6 +26,7 @@ class TokenStream:
 
     Attributes:
         request: what is answered.
+        error: what it ended with, if it failed.
     """
 
     def __init__(self, request: Request, owner: Streams) -> None:
@@ -35,17 +36,18 @@ class TokenStream:
         self._pending: list[TokenEvent] = []
         self._num_pending = 0
         self._cost = 1 + (request.params.logprobs or 0)
-        self._error: JaxserveError | None = None
+        self.error: JaxserveError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._when_over: Callable[[], object] | None = None
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> list[TokenEvent]:
         while not self._pending:
-            if self._error is not None:
-                raise self._error
+            if self.error is not None:
+                raise self.error
             if not self._remaining:
                 raise StopAsyncIteration
             self._waiter = asyncio.get_running_loop().create_future()
@@ -60,7 +62,7 @@ class TokenStream:
     @property
     def over(self) -> bool:
         """Returns whether no more events will come."""
-        return not self._remaining or self._error is not None
+        return not self._remaining or self.error is not None
 
     def finish(self, sample_index: int, num_tokens: int) -> None:
         """Ends one sample, cut to `num_tokens`, because its text has a stop string."""
@@ -98,9 +100,13 @@ class TokenStream:
     def fail(self, error: JaxserveError) -> None:
         """Ends the stream with an error, after the events that have come."""
         if not self.over:
-            self._error = error
+            self.error = error
             self._leave()
             self._wake()
+
+    def when_over(self, call: Callable[[], object]) -> None:
+        """Has `call` called once, when no more events will come."""
+        self._when_over = call
 
     def end_after(self, deadline_s: float) -> None:
         """Aborts the request if it is under way after so many seconds."""
@@ -120,6 +126,8 @@ class TokenStream:
     def _leave(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        if self._when_over is not None:
+            self._when_over()
         self._owner.forget(self.request.id)
 
     def _wake(self) -> None:

@@ -1,0 +1,100 @@
+"""Makes the engine of a model in its own process, phase by phase.
+
+made = build_model(Start("tiny"), phase=print)
+made.engine.submit(request, sink)
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import jax
+
+import jaxserve
+from jaxserve.checkpoint import load_params
+from jaxserve.compile_cache import enable as enable_compile_cache
+from jaxserve.errors import UnavailableError
+from jaxserve.layers.decoder import Model
+from jaxserve.layers.param import Declare
+from jaxserve.pallas_kernels import kernel_set
+from jaxserve.partitioning.collectives import LocalComm
+from jaxserve.progress import Show, reporter
+from jaxserve.serving.build import ModelEngine
+from jaxserve.serving.engine_process import Made
+from jaxserve.serving.generation import Program
+from jaxserve.serving.memory_plan import device_memory, memory_plan
+from jaxserve.serving.model_files import ModelFiles
+from jaxserve.serving.wire import Start
+
+
+def build_model(start: Start, phase: Callable[[str], None]) -> Made:
+    """Returns the engine of a model, every program of it compiled.
+
+    Raises:
+        JaxserveError: the model cannot be loaded, or does not fit the device.
+    """
+    phase("device")
+    enable_compile_cache()
+    platform = jax.devices()[0].platform
+    phase("weights")
+    files = ModelFiles.find(start.model, start.dtype)
+    kernels = kernel_set(start.backend)
+    declare = Declare.best(platform, files.dtype)
+    program = Program(Model(files.info.config, declare), LocalComm(), kernels)
+    params = load_params(files.info, program.model, progress=reporter(Show.SILENT))
+    phase("compile")
+    made = ModelEngine.create(program, params, start.options)
+    made.runner.warm_up()
+    phase("memory plan")
+    runner = made.runner
+    return Made(
+        made.engine,
+        _info(made, platform, files.dtype, start.backend),
+        lambda: runner.compiles_after_ready,
+        partial(_trace, threading.Lock()),
+    )
+
+
+def _info(made: ModelEngine, platform: str, dtype: str, backend: str) -> dict[str, Any]:
+    """Returns what the engine tells of itself."""
+    runner = made.runner
+    plan = memory_plan(runner, device_memory())
+    return {
+        "versions": {"jaxserve": jaxserve.__version__, "jax": jax.__version__},
+        "devices": [device.device_kind for device in jax.devices()],
+        "platform": platform,
+        "mesh": {},
+        "layout": "one device",
+        "dtype": dtype,
+        "kernels": backend,
+        "capacity": {
+            "sequences": runner.num_slots,
+            "kv_tokens": runner.geometry.num_tokens,
+            "page_size": runner.geometry.page_size,
+        },
+        "programs": runner.num_executables,
+        "memory": asdict(plan) | {"total_bytes": plan.total_bytes},
+    }
+
+
+def _trace(guard: threading.Lock, seconds: float) -> str:
+    """Returns the folder of a trace of the next seconds, for xprof.
+
+    Raises:
+        UnavailableError: another trace is being taken.
+    """
+    if not guard.acquire(blocking=False):
+        raise UnavailableError("a trace is being taken; ask again when it is done")
+    try:
+        folder = tempfile.mkdtemp(prefix="jaxserve-trace-")
+        with jax.profiler.trace(folder):
+            time.sleep(seconds)
+        return folder
+    finally:
+        guard.release()
