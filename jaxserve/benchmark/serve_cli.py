@@ -39,7 +39,7 @@ DurationOption = Annotated[
 SeedOption = Annotated[
     int | None, typer.Option(help="same seed, same requests; by default never the same twice")
 ]
-ApiKeyOption = Annotated[Path | None, typer.Option(help="file whose first line is the API key")]
+ApiKeyOption = Annotated[Path | None, typer.Option(help="the key ends its first line")]
 VocabOption = Annotated[
     int | None,
     typer.Option(help="ids of prompts are below; by default as the server tells, or 1000"),
@@ -104,7 +104,7 @@ def serve(
         grpc=grpc,
         api=api,
         model=model,
-        key=None if api_key_file is None else _first_line(api_key_file),
+        key=None if api_key_file is None else _key(api_key_file),
         timeout_s=_seconds("--timeout", timeout),
     )
     result = asyncio.run(_measured(server, job, quiet))
@@ -186,11 +186,13 @@ def _seconds(option: str, text: str) -> float:
     return float(found[1]) * _UNITS_S[found[2]]
 
 
-def _first_line(path: Path) -> str:
+def _key(path: Path) -> str:
+    """Returns the last word of the first line: a file of the server's has names before its keys."""
     try:
-        lines = path.read_text(encoding="utf-8").split()
+        lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--api-key-file {path} cannot be read: {error}") from error
-    if not lines:
-        raise UsageError(f"--api-key-file {path} is empty; its first line is the key")
-    return lines[0]
+    keys = [words[-1] for words in lines if words and not words[0].startswith("#")]
+    if not keys:
+        raise UsageError(f"--api-key-file {path} is empty; its first line ends with the key")
+    return keys[0]

@@ -34,6 +34,7 @@ def save_plot(result: ServeResult, path: Path) -> None:
         (panels[1, 0], "end to end", e2e, None),
     ):
         draw_shares(axes, title, series)
+        axes.locator_params(axis="x", nbins=6)
         if limit_s is not None:
             axes.axvline(limit_s, color="grey", ls="--", lw=1)
     _draw_requests(panels[1, 1], result.runs)

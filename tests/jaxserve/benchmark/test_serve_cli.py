@@ -56,7 +56,7 @@ def test_a_seed_is_drawn_for_each_run(fake_server, small):
 
 def test_key_api_and_model_reach_the_server(fake_server, small, tmp_path: Path):
     key = tmp_path / "key"
-    key.write_text("secret\nother\n")
+    key.write_text("# of the server\nme secret\nyou other\n")
     server = fake_server()
     options = ["--api", "chat", "--model", "mine", "--api-key-file", str(key)]
     assert bench("--url", server.url, *options, *small).exit_code == 0
