@@ -63,8 +63,12 @@ def status_of(error: BaseException) -> Status:
 
 
 def public_message(error: BaseException) -> str:
-    """Returns what a user may read of an error; one that was not raised on purpose says nothing."""
-    return INTERNAL_MESSAGE if status_of(error) is INTERNAL else str(error)
+    """Returns what a user may read of an error.
+
+    One that was not raised on purpose says nothing, nor does a step's failure: its cause may hold
+    paths and addresses. Both are in the log.
+    """
+    return INTERNAL_MESSAGE if status_of(error).http == INTERNAL.http else str(error)
 
 
 def retry_after_s(error: BaseException) -> float | None:
