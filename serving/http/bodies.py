@@ -50,8 +50,8 @@ def parse(body: bytes) -> dict[str, Any]:
     check_depth(body)
     try:
         value = msgspec.json.decode(body)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"the body is not UTF-8: byte {error.start} begins no character") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"the body is not UTF-8: {_first_bad_byte(body)}") from None
     except msgspec.ValidationError as error:
         raise UsageError(f"the body has a number that cannot be read: {error}") from None
     except (msgspec.DecodeError, RecursionError) as error:
@@ -97,13 +97,22 @@ def convert(
         raise _explained(str(error), value) from None
 
 
+def _first_bad_byte(body: bytes) -> str:
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        return f"byte {error.start} begins no character"
+    return "it has half a character"
+
+
 def _explained(reason: str, value: Any) -> FieldError:
     """Returns the error of a field, with its place and value."""
-    message, _, path = reason.rpartition(" - at ")
+    message, _, path = reason.partition(" - at ")
     if not path:
         missing = re.search(r"required field `(\w+)`", reason)
         return FieldError(reason, missing[1] if missing else None)
-    place = path.strip("`").removeprefix("$").removeprefix(".")
+    # "`$.stop[1]`", or "`key` in `$.logit_bias`"
+    place = path.rpartition("`$")[2].strip("`").removeprefix(".")
     found: Any = value
     for name, index in re.findall(r"\.?([A-Za-z_]\w*)|\[(\d+)\]", place):
         try:

@@ -121,7 +121,7 @@ def describe(error: BaseException) -> Description:
             dict(error.headers or {}),
         )
     status = status_of(error)
-    if status is INTERNAL:
+    if status.http == INTERNAL.http:
         _log.error("a request failed", exc_info=error)
     param = error.param if isinstance(error, FieldError) else _param(str(error))
     code = error.code if isinstance(error, FieldError) and error.code else status.code

@@ -9,6 +9,7 @@ import jaxserve
 from jaxserve.serving.http.errors import JSON
 from jaxserve.serving.http.generate import Site
 from jaxserve.serving.http.sampling import check_model
+from jaxserve.serving.prometheus import CONTENT_TYPE, exposition
 from jaxserve.serving.service import State
 
 
@@ -96,8 +97,6 @@ async def load(site: Site) -> Response:
 
 def metrics(site: Site) -> Response:
     """Returns counters, gauges and histograms in Prometheus' text format."""
-    from jaxserve.serving.prometheus import CONTENT_TYPE, exposition
-
     return Response(exposition(site.service), media_type=CONTENT_TYPE)
 
 
