@@ -12,6 +12,9 @@ from jaxserve.layers.linear import linear, linear_group
 from jaxserve.layers.param import Axis, Declare
 from jaxserve.layers.rope import rotate
 from jaxserve.layers.runtime import Runtime
+from jaxserve.pallas_kernels.attention.scores import alibi_slopes
+from jaxserve.partitioning.collectives import Part
+from jaxserve.partitioning.layout import Stage
 
 
 class Attention(nnx.Module):
@@ -26,12 +29,20 @@ class Attention(nnx.Module):
         )
         self.out = declare.weight((heads, head), (embed,), spec.out_bias)
 
-    def __call__(
-        self, x: Array, layer: int, cache: AnyCache, run: Runtime
-    ) -> tuple[Array, AnyCache]:
-        """Returns (attention of x[T, embed] as [T, embed], the cache with these tokens in it)."""
+    def project(self, x: Array, run: Runtime) -> list[Part]:
+        """Returns what x[T, embed] gives to attention: q[T, N, H], k and v[T, K, H]."""
         with jax.named_scope("qkv"):
-            q, k, v = linear_group(x, self.qkv, run.comm, run.kernels)
+            pairs = linear_group(x, self.qkv, run.comm, run.kernels)
+        heads = (None, self.spec.num_kv_heads, self.spec.num_kv_heads)
+        return [
+            Part(y, Stage.QUERY, kv_heads, bias)
+            for (y, bias), kv_heads in zip(pairs, heads, strict=True)
+        ]
+
+    def finish(
+        self, q: Array, k: Array, v: Array, layer: int, cache: AnyCache, run: Runtime
+    ) -> tuple[Array, AnyCache]:
+        """Returns (terms of the output [T, embed] without its bias, the cache with k and v)."""
         sink_q = None
         if self.spec.rope is not None:
             with jax.named_scope("rope"):
@@ -41,6 +52,11 @@ class Attention(nnx.Module):
                 table = run.rotations[self.spec.rope, None]
                 q, k = rotate(q, self.spec.rope, *table), rotate(k, self.spec.rope, *table)
         with jax.named_scope("attend"):
-            heads, cache = cache.attend(layer, q, k, v, self.spec, run.kernels, sink_q)
+            slopes = None
+            if self.spec.alibi is not None:
+                slopes = run.comm.vector(alibi_slopes(self.spec.num_heads), Stage.QUERY)
+            spec = run.comm.local(self.spec)
+            heads, cache = cache.attend(layer, q, k, v, spec, run.kernels, sink_q, slopes)
         with jax.named_scope("out"):
+            heads = run.comm.move(heads, Stage.QUERY, Stage.CONTRACTED)
             return linear(heads, self.out, run.comm, run.kernels), cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
@@ -11,8 +12,9 @@ from jaxserve.layers.attention import Attention
 from jaxserve.layers.cache import AnyCache
 from jaxserve.layers.mlp import Mlp
 from jaxserve.layers.norm import Norm
-from jaxserve.layers.param import Axis, Declare
+from jaxserve.layers.param import Axis, Declare, Weight
 from jaxserve.layers.runtime import Runtime
+from jaxserve.partitioning.layout import Stage
 
 
 class Block(nnx.Module):
@@ -31,19 +33,60 @@ class Block(nnx.Module):
         self, x: Array, layer: int, cache: AnyCache, run: Runtime
     ) -> tuple[Array, AnyCache]:
         """Returns (the residual stream [T, embed] after this block, the cache)."""
-        h = self.attention_norm(x, run.comm)
-        attended, cache = self.attention(h, layer, cache, run)
-        if self.attention_post_norm is not None:
-            attended = self.attention_post_norm(attended, run.comm)
-        attended = run.tap(f"layers.{layer}.attention", attended)
-        if self.spec.block is BlockKind.SERIAL:
-            x = x + attended
-        if self.mlp_norm is not None:
-            h = self.mlp_norm(x, run.comm)
-        with jax.named_scope("mlp"):
-            fed = self.mlp(h, run)
-        if self.mlp_post_norm is not None:
-            fed = self.mlp_post_norm(fed, run.comm)
-        fed = run.tap(f"layers.{layer}.mlp", fed)
-        x = x + fed if self.spec.block is BlockKind.SERIAL else x + attended + fed
+        if self.spec.block is BlockKind.PARALLEL:
+            x, cache = self._side_by_side(x, layer, cache, run)
+        else:
+            x, cache = self._in_series(x, layer, cache, run)
         return run.tap(f"layers.{layer}.resid", x), cache
+
+    def _side_by_side(
+        self, x: Array, layer: int, cache: AnyCache, run: Runtime
+    ) -> tuple[Array, AnyCache]:
+        """Both parts read the same input: their activations share gathers and scatters."""
+        comm = run.comm
+        h = comm.move(x, Stage.RESIDUAL, Stage.INPUT)
+        first = self.attention_norm(h, comm, Stage.INPUT)
+        second = first if self.mlp_norm is None else self.mlp_norm(h, comm, Stage.INPUT)
+        parts = [*self.attention.project(first, run), *self.mlp.project(second, run)]
+        q, k, v, *hidden = comm.distribute(parts)
+        attended, cache = self.attention.finish(q, k, v, layer, cache, run)
+        with jax.named_scope("mlp"):
+            fed = self.mlp.finish(*hidden, run=run)
+        out, down = self.attention.out, self.mlp.down
+        if comm.whole:
+            attended = run.tap(f"layers.{layer}.attention", self._biased(attended, out, run))
+            return x + attended + run.tap(
+                f"layers.{layer}.mlp", self._biased(fed, down, run)
+            ), cache
+        added = comm.move(attended + fed, Stage.PRODUCED, Stage.RESIDUAL)
+        return x + self._biased(self._biased(added, out, run), down, run), cache
+
+    def _in_series(
+        self, x: Array, layer: int, cache: AnyCache, run: Runtime
+    ) -> tuple[Array, AnyCache]:
+        comm = run.comm
+        h = comm.move(x, Stage.RESIDUAL, Stage.INPUT)
+        h = self.attention_norm(h, comm, Stage.INPUT)
+        q, k, v = comm.distribute(self.attention.project(h, run))
+        attended, cache = self.attention.finish(q, k, v, layer, cache, run)
+        attended = self._added(attended, self.attention.out, self.attention_post_norm, run)
+        x = x + run.tap(f"layers.{layer}.attention", attended)
+        h = comm.move(x, Stage.RESIDUAL, Stage.INPUT)
+        if self.mlp_norm is not None:
+            h = self.mlp_norm(h, comm, Stage.INPUT)
+        with jax.named_scope("mlp"):
+            fed = self.mlp.finish(*comm.distribute(self.mlp.project(h, run)), run=run)
+        fed = self._added(fed, self.mlp.down, self.mlp_post_norm, run)
+        return x + run.tap(f"layers.{layer}.mlp", fed), cache
+
+    def _added(self, terms: Array, weight: Weight, norm: Norm | None, run: Runtime) -> Array:
+        """Returns what a part adds to the residual stream."""
+        y = self._biased(run.comm.move(terms, Stage.PRODUCED, Stage.RESIDUAL), weight, run)
+        return y if norm is None else norm(y, run.comm, Stage.RESIDUAL)
+
+    @staticmethod
+    def _biased(y: Array, weight: Weight, run: Runtime) -> Array:
+        if weight.bias is None:
+            return y
+        bias = run.comm.vector(weight.bias[...], Stage.RESIDUAL)
+        return y + jnp.broadcast_to(bias, y.shape)

@@ -44,11 +44,13 @@ class Cache(Protocol):
         spec: AttentionSpec,
         kernels: KernelSet,
         sink_q: Array | None = None,
+        slopes: Array | None = None,
     ) -> tuple[Array, Self]:
         """Returns (attention of q[T, N, H] as [T, N, H], the cache holding k and v[T, K, H]).
 
         Args:
             sink_q: [T, N, H], the queries as they meet the sink tokens of a streaming cache.
+            slopes: float32[N], ALiBi's, where the spec has it.
         """
         ...
 
@@ -87,6 +89,7 @@ class NoCache:
         spec: AttentionSpec,
         kernels: KernelSet,
         sink_q: Array | None = None,
+        slopes: Array | None = None,
     ) -> tuple[Array, NoCache]:
         """Returns (causal attention within each sequence, itself)."""
         assert self.positions is not None
@@ -99,6 +102,7 @@ class NoCache:
             self.positions,
             spec,
             own=True,
+            slopes=slopes,
         )
         return out.reshape(q.shape), self
 
@@ -149,6 +153,7 @@ class DenseCache:
         spec: AttentionSpec,
         kernels: KernelSet,
         sink_q: Array | None = None,
+        slopes: Array | None = None,
     ) -> tuple[Array, DenseCache]:
         """Returns (attention of q over its row up to its position, the cache with k and v)."""
         assert self.positions is not None
@@ -175,6 +180,7 @@ class DenseCache:
             page_size=PAGE_SIZE,
             sink_tokens=spec.sink_tokens,
             q_sink=sink_q,
+            slopes=slopes,
             max_query=length,
         )
         return out, replace(self, pages=_replaced(self.pages, layer, pages))

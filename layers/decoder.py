@@ -39,6 +39,7 @@ from jaxserve.layers.step import Step
 from jaxserve.layers.tap import Taps
 from jaxserve.pallas_kernels import KernelSet
 from jaxserve.partitioning.collectives import Comm
+from jaxserve.partitioning.layout import Stage
 
 Params = dict[str, Any]
 
@@ -60,21 +61,22 @@ class Decoder(nnx.Module):
 
     def hidden(self, step: Step, cache: AnyCache, run: Runtime) -> tuple[Array, AnyCache]:
         """Returns (the normed residual stream [T, embed] after the last block, the cache)."""
-        x = jnp.take(self.embedding[...], step.tokens, axis=0)
+        x = run.comm.lookup(self.embedding[...], step.tokens)
         if self.config.embed_scale is not None:
             x = x * jnp.asarray(self.config.embed_scale, x.dtype)
         x = run.tap("embed", x)
-        cache = cache.begin(step)
+        cache = cache.begin(run.step)
         for index, block in enumerate(self.layers):
             x, cache = block(x, index, cache, run)
-        return run.tap("final", self.final_norm(x, run.comm)), cache.end()
+        return run.tap("final", self.final_norm(x, run.comm, Stage.RESIDUAL)), cache.end()
 
-    def logits(self, hidden: Array, comm: Comm, kernels: KernelSet) -> Array:
-        """Returns float32[R, V] for hidden[R, embed]."""
+    def logits(
+        self, hidden: Array, comm: Comm, kernels: KernelSet, target: Stage = Stage.WHOLE
+    ) -> Array:
+        """Returns float32[R, V] of the stage `target` for hidden[R, embed] at `Stage.ENDS`."""
         table = self.embedding if self.head is None else self.head.values
-        x = comm.all_gather(hidden, ("embed",))
-        y = kernels.matmul(x, table[...], 1, Orientation.OUT_IN.value, jnp.dtype("float32"))
-        y = comm.reduce_scatter(y, ("embed",), ("vocab",))
+        y = kernels.matmul(hidden, table[...], 1, Orientation.OUT_IN.value, jnp.dtype("float32"))
+        y = comm.move(y, Stage.SCORED, target)
         if self.config.logits_scale is not None:
             y = y * self.config.logits_scale
         if self.config.logits_soft_cap is not None:
@@ -163,9 +165,8 @@ def forward(
     attentions = {layer.attention for layer in model.config.layers}
     run = Runtime.begin(step, attentions, comm, kernels, taps)
     hidden, cache = decoder.hidden(step, cache, run)
-    wanted = hidden if rows is None else jnp.take(hidden, rows, axis=0)
     with jax.named_scope("logits"):
-        logits = decoder.logits(wanted, comm, kernels)
+        logits = decoder.logits(comm.take(hidden, rows), comm, kernels)
     taps.check()
     return Output(logits, hidden, taps.captured), cache
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from jax import Array
 
-from jaxserve.layers.param import Weight, WeightGroup, size_of
+from jaxserve.layers.param import Parameter, Weight, WeightGroup, size_of
 from jaxserve.pallas_kernels import KernelSet
 from jaxserve.partitioning.collectives import Comm
 
@@ -13,32 +12,36 @@ from jaxserve.partitioning.collectives import Comm
 def linear(
     x: Array, weight: Weight, comm: Comm, kernels: KernelSet, adapters: None = None
 ) -> Array:
-    """Returns x[T, *inputs] mapped to [T, *outputs], in x's dtype.
+    """Returns x[T, *inputs] mapped to [T, *outputs], in x's dtype and without the bias.
 
-    The communication is `[T, inputs.sharded] -> gather -> contract -> {partial sums} ->
-    reduce-scatter -> [T, outputs.sharded]`; which of the two happens is the layout's choice.
+    On a mesh x lies as the weight's inputs do, and what comes out are terms of a sum; see
+    `partitioning.layout`.
 
     Args:
         adapters: reserved for low-rank adapters; must be None.
     """
     if adapters is not None:
         raise ValueError("adapters are not supported; pass adapters=None")
-    inputs = tuple(a.name for a in weight.inputs)
-    outputs = tuple(a.name for a in weight.outputs)
-    x = comm.all_gather(x, inputs)
-    y = kernels.matmul(x, weight.values[...], len(inputs), weight.orientation.value, x.dtype)
-    y = comm.reduce_scatter(y, inputs, outputs)
-    return y if weight.bias is None else y + jnp.broadcast_to(weight.bias[...], y.shape)
+    values = comm.weight(weight.values[...], weight.stored)
+    return kernels.matmul(x, values, len(weight.inputs), weight.orientation.value, x.dtype)
 
 
-def linear_group(x: Array, group: WeightGroup, comm: Comm, kernels: KernelSet) -> list[Array]:
-    """Returns x[T, *inputs] mapped by every member: one [T, *outputs] each, in order."""
+def linear_group(
+    x: Array, group: WeightGroup, comm: Comm, kernels: KernelSet
+) -> list[tuple[Array, Array | None]]:
+    """Returns x[T, *inputs] mapped by every member, with its bias: [T, *outputs] and [*outputs]."""
     if group.fused is None:
-        return [linear(x, group.separate[name], comm, kernels) for name, _ in group.members]
-    y = linear(x, group.fused, comm, kernels)
-    ends = [size_of(axes) for _, axes in group.members]
-    starts = [sum(ends[:i]) for i in range(len(ends))]
-    return [
-        jnp.reshape(y[:, start : start + length], (y.shape[0], *(a.size for a in axes)))
-        for start, length, (_, axes) in zip(starts, ends, group.members, strict=True)
-    ]
+        each = [group.separate[name] for name, _ in group.members]
+        return [(linear(x, one, comm, kernels), _value(one.bias)) for one in each]
+    y, bias = linear(x, group.fused, comm, kernels), _value(group.fused.bias)
+    start, found = 0, []
+    for _, axes in group.members:
+        part = slice(start, start := start + size_of(axes))
+        shape = tuple(axis.size for axis in axes)
+        own = None if bias is None else bias[part].reshape(shape)
+        found.append((y[:, part].reshape(y.shape[0], *shape), own))
+    return found
+
+
+def _value(bias: Parameter | None) -> Array | None:
+    return None if bias is None else bias[...]

@@ -10,6 +10,8 @@ from jaxserve.layers.activation import activate
 from jaxserve.layers.linear import linear, linear_group
 from jaxserve.layers.param import Axis, Declare
 from jaxserve.layers.runtime import Runtime
+from jaxserve.partitioning.collectives import Part
+from jaxserve.partitioning.layout import Stage
 
 
 class Mlp(nnx.Module):
@@ -22,10 +24,15 @@ class Mlp(nnx.Module):
         self.hidden = declare.group((embed,), spec.bias, **members)
         self.down = declare.weight((ffn,), (embed,), spec.bias)
 
-    def __call__(self, x: Array, run: Runtime) -> Array:
-        """Returns the MLP of x[T, embed] as [T, embed]."""
-        first, *rest = linear_group(x, self.hidden, run.comm, run.kernels)
+    def project(self, x: Array, run: Runtime) -> list[Part]:
+        """Returns what x[T, embed] gives to the non-linearity: [T, ffn], two where gated."""
+        pairs = linear_group(x, self.hidden, run.comm, run.kernels)
+        return [Part(y, Stage.HIDDEN, bias=bias) for y, bias in pairs]
+
+    def finish(self, first: Array, *rest: Array, run: Runtime) -> Array:
+        """Returns terms of the output [T, embed], without its bias."""
         h = activate(first, self.spec.activation)
         if rest:
             h = h * rest[0]
+        h = run.comm.move(h, Stage.HIDDEN, Stage.CONTRACTED)
         return linear(h, self.down, run.comm, run.kernels)

@@ -60,6 +60,7 @@ class Weight(nnx.Module):
 
     Attributes:
         values: [*outputs, *inputs] or [*inputs, *outputs], by `orientation`.
+        stored: axes of the values.
         scales: None; per-output-channel scales of a quantised weight.
         bias: [*outputs], or None.
     """
@@ -71,8 +72,8 @@ class Weight(nnx.Module):
         self.outputs = outputs
         self.orientation = orientation
         out_first = orientation is Orientation.OUT_IN
-        stored = outputs + inputs if out_first else inputs + outputs
-        self.values = abstract(stored, dtype, Init.FAN_IN, fan_in=size_of(inputs))
+        self.stored = outputs + inputs if out_first else inputs + outputs
+        self.values = abstract(self.stored, dtype, Init.FAN_IN, fan_in=size_of(inputs))
         self.scales: Parameter | None = None
         self.bias = abstract(outputs, dtype, Init.ZEROS) if bias else None
 

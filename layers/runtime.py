@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -14,6 +15,7 @@ from jaxserve.layers.step import Step
 from jaxserve.layers.tap import Taps
 from jaxserve.pallas_kernels import KernelSet
 from jaxserve.partitioning.collectives import Comm
+from jaxserve.partitioning.layout import Stage
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Runtime:
     """Collectives, kernels, taps and per-step facts that the layers are given.
 
     Attributes:
+        step: tokens whose attention is computed here.
         rotations: rotary table of the step's positions; and, with the size of a streaming cache,
             that of the positions inside it.
     """
@@ -43,6 +46,8 @@ class Runtime:
         tap: Taps,
     ) -> Runtime:
         """Returns the runtime of one step; every rotary table is computed once for all layers."""
+        # Attention sees the tokens of its own sequences.
+        step = jax.tree.map(lambda x: comm.tokens(x, Stage.QUERY), step)
         tables: dict[tuple[RopeSpec, int | None], tuple[Array, Array]] = {}
         for spec in attentions:
             if spec.rope is None:

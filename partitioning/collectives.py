@@ -1,57 +1,365 @@
-"""Communication of a sharded step, named by logical axes.
+"""Communication of a step: what moves between the stages of a block.
 
-Layers say which logical axes they contract and produce; a `Comm` knows how these lie on the
-mesh and which collective that takes. On one device nothing lies on a mesh: `LocalComm`.
+    h = comm.move(x, Stage.RESIDUAL, Stage.INPUT)                   # [T, E.xzy] -> [T, E.x]
+    q, gate, up = comm.distribute([Part(q, Stage.QUERY), Part(gate, Stage.HIDDEN), ...])
+
+Layers name stages; a `Comm` knows how each lies on the mesh and which collectives lead from one to
+the next. On one device nothing lies on a mesh: `LocalComm`. `MeshComm` runs inside `shard_map`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
-from jax import Array
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxserve.config import AttentionSpec
+from jaxserve.partitioning.layout import HIDDEN_ORDER, PhaseLayout, Stage
+from jaxserve.partitioning.placement import Dim, Kind, Move, Placement, moves
+
+LogicalAxes = Sequence[tuple[str, int]]
+"""Names and full sizes of an array's dimensions."""
+
+_LANES = 256
+"""A scatter of a last dimension stays one on TPU where its pieces are multiples of this."""
+
+
+class Part(NamedTuple):
+    """One result of the first projections on its way.
+
+    Attributes:
+        x: [T, features, ...] at `Stage.PROJECTED`.
+        target: where it is needed.
+        kv_heads: of keys and values, their number of heads in all.
+        bias: [features, ...], added once it is there.
+    """
+
+    x: Array
+    target: Stage
+    kv_heads: int | None = None
+    bias: Array | None = None
 
 
 class Comm(Protocol):
-    """Collectives of one layout."""
+    """Communication of one layout."""
 
-    def all_gather(self, x: Array, axes: tuple[str, ...]) -> Array:
-        """Returns x[T, axes.sharded] gathered as far as a contraction over `axes` needs."""
+    @property
+    def whole(self) -> bool:
+        """Returns whether every activation is on this device, whole."""
         ...
 
-    def reduce_scatter(
-        self, x: Array, contracted: tuple[str, ...], produced: tuple[str, ...]
-    ) -> Array:
-        """Returns x[T, produced] {partial over contracted} summed and scattered as laid out."""
+    def move(self, x: Array, source: Stage, target: Stage) -> Array:
+        """Returns x[T, features, ...] of one stage as another needs it."""
         ...
 
-    def psum(self, x: Array, axis: str) -> Array:
-        """Returns x {partial over axis} summed over its shards, the same on each."""
+    def distribute(self, parts: Sequence[Part]) -> list[Array]:
+        """Returns what the first projections give, each where it is needed."""
         ...
 
-    def all_to_all(self, x: Array, split: str, joined: str) -> Array:
-        """Returns x resharded from axis `joined` to axis `split`."""
+    def weight(self, values: Array, axes: LogicalAxes) -> Array:
+        """Returns a stored weight with these logical axes as the projections use it."""
+        ...
+
+    def vector(self, values: Any, stage: Stage, kv_heads: int | None = None) -> Array:
+        """Returns the part of [features, ...], which every device holds whole, for a stage."""
+        ...
+
+    def tokens(self, x: Array, stage: Stage) -> Array:
+        """Returns the part of [T, ...], which every device holds whole, for a stage."""
+        ...
+
+    def total(self, x: Array, stage: Stage) -> Array:
+        """Returns [T, 1], sums over the local features, summed over all features."""
+        ...
+
+    def local(self, spec: AttentionSpec) -> AttentionSpec:
+        """Returns the attention that one device computes."""
+        ...
+
+    def lookup(self, table: Array, tokens: Array) -> Array:
+        """Returns the rows of table[V, embed] at tokens int32[T], as the residual stream."""
+        ...
+
+    def take(self, x: Array, rows: Array | None) -> Array:
+        """Returns rows int32[R] of the residual stream, or all, as the logits contract them."""
         ...
 
 
 @dataclass(frozen=True)
 class LocalComm:
-    """The identity: one device holds everything."""
+    """One device holds everything: nothing moves."""
 
-    def all_gather(self, x: Array, axes: tuple[str, ...]) -> Array:
+    @property
+    def whole(self) -> bool:
+        """Returns True."""
+        return True
+
+    def move(self, x: Array, source: Stage, target: Stage) -> Array:
         """Returns x."""
         return x
 
-    def reduce_scatter(
-        self, x: Array, contracted: tuple[str, ...], produced: tuple[str, ...]
-    ) -> Array:
+    def distribute(self, parts: Sequence[Part]) -> list[Array]:
+        """Returns the parts with their biases."""
+        return [_biased(part.x, part.bias) for part in parts]
+
+    def weight(self, values: Array, axes: LogicalAxes) -> Array:
+        """Returns the weight."""
+        return values
+
+    def vector(self, values: Any, stage: Stage, kv_heads: int | None = None) -> Array:
+        """Returns the vector."""
+        return jnp.asarray(values)
+
+    def tokens(self, x: Array, stage: Stage) -> Array:
         """Returns x."""
         return x
 
-    def psum(self, x: Array, axis: str) -> Array:
+    def total(self, x: Array, stage: Stage) -> Array:
         """Returns x."""
         return x
 
-    def all_to_all(self, x: Array, split: str, joined: str) -> Array:
-        """Returns x."""
+    def local(self, spec: AttentionSpec) -> AttentionSpec:
+        """Returns the spec."""
+        return spec
+
+    def lookup(self, table: Array, tokens: Array) -> Array:
+        """Returns the rows of the table."""
+        return jnp.take(table, tokens, axis=0)
+
+    def take(self, x: Array, rows: Array | None) -> Array:
+        """Returns the rows."""
+        return x if rows is None else jnp.take(x, rows, axis=0)
+
+
+@dataclass(frozen=True)
+class MeshComm:
+    """Communication of a phase's layout on a mesh; for use inside `shard_map`.
+
+    Attributes:
+        phase: layout of prefill or decode.
+        sizes: devices along each axis of the mesh, as (axis, size).
+    """
+
+    phase: PhaseLayout
+    sizes: tuple[tuple[str, int], ...]
+
+    @property
+    def whole(self) -> bool:
+        """Returns False."""
+        return False
+
+    def move(self, x: Array, source: Stage, target: Stage) -> Array:
+        """Returns x[T, features, ...] of one stage as another needs it."""
+        return self._carry(x, self._moves(self.placement(source), self.placement(target)))
+
+    def distribute(self, parts: Sequence[Part]) -> list[Array]:
+        """Returns what the first projections give, each where it is needed.
+
+        Parts that begin with the same scatter share it.
+        """
+        plans = [
+            self._moves(
+                self.placement(Stage.PROJECTED, part.kv_heads),
+                self.placement(part.target, part.kv_heads),
+            )
+            for part in parts
+        ]
+        arrays = [part.x for part in parts]
+        firsts = [plan[0] if plan else None for plan in plans]
+        for first in dict.fromkeys(firsts):
+            if first is None or first.kind is not Kind.REDUCE_SCATTER:
+                continue
+            members = [i for i, other in enumerate(firsts) if other == first]
+            scattered = self._scatter_together([arrays[i] for i in members], first)
+            for i, array in zip(members, scattered, strict=True):
+                arrays[i] = array
+                plans[i] = plans[i][1:]
+        carried = [self._carry(x, plan) for x, plan in zip(arrays, plans, strict=True)]
+        return [self._arrived(x, part) for x, part in zip(carried, parts, strict=True)]
+
+    def weight(self, values: Array, axes: LogicalAxes) -> Array:
+        """Returns a stored weight with these logical axes as the projections use it.
+
+        [E.x, F.zy] stays so, or is gathered to [E, F.zy], [E, F.z] or [E, F] over x, xy or xyz.
+        """
+        sizes = dict(self.sizes)
+        for dim in reversed(range(len(axes))):
+            name, size = axes[dim]
+            used = self.phase.used(name, size, sizes)
+            stored = self.phase.stored(name, size, sizes)
+            over = tuple(axis for axis in stored if axis not in used and sizes[axis] > 1)
+            if over:
+                values = lax.all_gather(values, over, axis=dim, tiled=True)
+        return values
+
+    def vector(self, values: Any, stage: Stage, kv_heads: int | None = None) -> Array:
+        """Returns the part of [features, ...], which every device holds whole, for a stage."""
+        values = jnp.asarray(values)
+        features = self.placement(stage, kv_heads).features
+        own = self._cut(values, features, 0)
+        return own if kv_heads is None else self._own_heads(own[None], kv_heads)[0]
+
+    def tokens(self, x: Array, stage: Stage) -> Array:
+        """Returns the part of [T, ...], which every device holds whole, for a stage."""
+        return self._cut(x, self.placement(stage).tokens, 0)
+
+    def total(self, x: Array, stage: Stage) -> Array:
+        """Returns [T, 1], sums over the local features, summed over all features."""
+        axes = self.placement(stage).features
+        return lax.psum(x, axes) if axes else x
+
+    def local(self, spec: AttentionSpec) -> AttentionSpec:
+        """Returns the attention that one device computes."""
+        heads = spec.num_heads // self._count(self.placement(Stage.QUERY).features)
+        group = spec.num_heads // spec.num_kv_heads
+        return replace(spec, num_heads=heads, num_kv_heads=max(1, heads // group))
+
+    def lookup(self, table: Array, tokens: Array) -> Array:
+        """Returns the rows of table[V.zy, E.x] at tokens int32[T], as the residual stream."""
+        axes = self.placement(Stage.EMBEDDED).partial
+        order = tuple(axis for axis in HIDDEN_ORDER if axis in axes)
+        index = tokens - self._index(order) * table.shape[0]
+        here = (index >= 0) & (index < table.shape[0])
+        rows = jnp.take(table, jnp.clip(index, 0, table.shape[0] - 1), axis=0)
+        rows = jnp.where(here[:, None], rows, jnp.zeros_like(rows))
+        return self.move(rows, Stage.EMBEDDED, Stage.RESIDUAL)
+
+    def take(self, x: Array, rows: Array | None) -> Array:
+        """Returns rows int32[R] of the residual stream, or all, as the logits contract them."""
+        lies = self.placement(Stage.RESIDUAL)
+        if rows is None:
+            rows = jnp.arange(x.shape[0] * self._count(lies.tokens), dtype=jnp.int32)
+        index = rows - self._index(lies.tokens) * x.shape[0]
+        here = (index >= 0) & (index < x.shape[0])
+        taken = jnp.take(x, jnp.clip(index, 0, x.shape[0] - 1), axis=0)
+        if lies.tokens:
+            taken = jnp.where(here[:, None], taken, jnp.zeros_like(taken))
+        source = Placement((), lies.features, lies.tokens)
+        return self._carry(taken, self._moves(source, self.placement(Stage.ENDS)))
+
+    def _arrived(self, x: Array, part: Part) -> Array:
+        """Returns a part with its bias; of keys and values, the heads that are read here."""
+        x = x if part.kv_heads is None else self._own_heads(x, part.kv_heads)
+        if part.bias is None:
+            return x
+        return _biased(x, self.vector(part.bias, part.target, part.kv_heads))
+
+    def placement(self, stage: Stage, kv_heads: int | None = None) -> Placement:
+        """Returns where a stage lies, axes of one device left out."""
+        sizes = dict(self.sizes)
+        if kv_heads is None:
+            return self.phase.placement(stage).over(sizes)
+        return self.phase.kv(stage, kv_heads, sizes).over(sizes)
+
+    def _moves(self, source: Placement, target: Placement) -> list[Move]:
+        return moves(source, target, [axis for axis, size in self.sizes if size > 1])
+
+    def _count(self, axes: Sequence[str]) -> int:
+        sizes, count = dict(self.sizes), 1
+        for axis in axes:
+            count *= sizes[axis]
+        return count
+
+    def _index(self, axes: Sequence[str]) -> Array:
+        """Returns this device's piece of a dimension that `axes` cut."""
+        index, sizes = jnp.zeros((), jnp.int32), dict(self.sizes)
+        for axis in axes:
+            index = index * sizes[axis] + lax.axis_index(axis)
+        return index
+
+    def _cut(self, x: Array, axes: Sequence[str], dim: int) -> Array:
+        if not axes:
+            return x
+        size = x.shape[dim] // self._count(axes)
+        return lax.dynamic_slice_in_dim(x, self._index(axes) * size, size, dim)
+
+    def _own_heads(self, x: Array, kv_heads: int) -> Array:
+        """Returns those of the key or value heads [T, K', H] that this device's queries read.
+
+        There may be more where queries are cut further than these heads.
+        """
+        extra = self.placement(Stage.QUERY).features[
+            len(self.placement(Stage.QUERY, kv_heads).features) :
+        ]
+        if not extra or x.shape[1] == 1:
+            return x
+        pieces = self._count(extra)
+        size = max(1, x.shape[1] // pieces)
+        return lax.dynamic_slice_in_dim(x, self._index(extra) * x.shape[1] // pieces, size, 1)
+
+    def _carry(self, x: Array, plan: Sequence[Move]) -> Array:
+        for move in plan:
+            x = self._one(x, move)
         return x
+
+    def _one(self, x: Array, move: Move) -> Array:
+        dim = 0 if move.dim is Dim.TOKENS else 1
+        match move.kind:
+            case Kind.CUT:
+                return self._cut(x, move.axes, dim)
+            case Kind.ALL_REDUCE:
+                return lax.psum(x, move.axes)
+            case Kind.ALL_GATHER:
+                return lax.all_gather(x, move.axes, axis=dim, tiled=True)
+            case Kind.REDUCE_SCATTER:
+                return self._scatter_together([x], move)[0]
+            case Kind.ALL_TO_ALL:
+                if move.to is Dim.TOKENS:
+                    return self._to_tokens(x, move)
+                return self._to_features(x, move)
+
+    def _scatter_together(self, arrays: Sequence[Array], move: Move) -> list[Array]:
+        """Returns [T, F, ...] {partial} summed and scattered in one collective."""
+        pieces = self._count(move.axes)
+        if move.dim is Dim.TOKENS:
+            flat = [x.reshape(x.shape[0], -1) for x in arrays]
+            joined = flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=1)
+            out = lax.psum_scatter(joined, move.axes, scatter_dimension=0, tiled=True)
+            shapes = [(x.shape[0] // pieces, *x.shape[1:]) for x in arrays]
+        else:
+            width = arrays[0].shape[-1] // pieces
+            if len(arrays) == 1 and arrays[0].ndim == 2 and width % _LANES == 0:
+                return [lax.psum_scatter(arrays[0], move.axes, scatter_dimension=1, tiled=True)]
+            flat = [x.reshape(x.shape[0], pieces, -1) for x in arrays]
+            joined = flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=2)
+            # Without the barrier XLA would move the shuffle into the weights, in every step.
+            joined = lax.optimization_barrier(joined)
+            joined = jnp.moveaxis(joined, 1, 0)
+            out = lax.psum_scatter(joined, move.axes, scatter_dimension=0, tiled=False)
+            shapes = [(x.shape[0], x.shape[1] // pieces, *x.shape[2:]) for x in arrays]
+        ends, found = 0, []
+        for shape in shapes:
+            width = 1
+            for size in shape[1:]:
+                width *= size
+            found.append(out[:, ends : ends + width].reshape(shape))
+            ends += width
+        return found
+
+    def _to_tokens(self, x: Array, move: Move) -> Array:
+        """Returns [T.ab, F] for [T, F.ab]: tokens cut, features joined."""
+        cut = [dict(self.sizes)[axis] for axis in move.token_axes]
+        order = [move.token_axes.index(axis) for axis in move.axes]
+        rest = (x.shape[0] // self._count(move.axes), *x.shape[1:])
+        pieces = x.reshape(*cut, *rest).transpose(*order, *range(len(cut), len(cut) + len(rest)))
+        pieces = pieces.reshape(-1, *rest)
+        joined = lax.all_to_all(pieces, move.axes, split_axis=0, concat_axis=1)
+        return joined.reshape(rest[0], -1, *x.shape[2:])
+
+    def _to_features(self, x: Array, move: Move) -> Array:
+        """Returns [T, F.ab] for [T.ab, F]: tokens joined, features cut."""
+        count = self._count(move.axes)
+        pieces = x.reshape(x.shape[0], count, -1, *x.shape[2:])
+        joined = lax.all_to_all(pieces, move.axes, split_axis=1, concat_axis=0)
+        rest = joined.shape[1:]
+        came = joined.reshape(*(dict(self.sizes)[axis] for axis in move.axes), *rest)
+        order = [move.axes.index(axis) for axis in move.token_axes]
+        came = came.transpose(*order, *range(len(order), came.ndim))
+        return came.reshape(-1, *rest[1:])
+
+
+def _biased(x: Array, bias: Array | None) -> Array:
+    return x if bias is None else x + jnp.broadcast_to(bias, x.shape)

@@ -122,6 +122,7 @@ class PagedCache:
         spec: AttentionSpec,
         kernels: KernelSet,
         sink_q: Array | None = None,
+        slopes: Array | None = None,
     ) -> tuple[Array, PagedCache]:
         """Returns (attention of q[T, N, H] over its sequences' pages, the cache with k and v)."""
         assert self.positions is not None
@@ -149,6 +150,7 @@ class PagedCache:
             pinned_pages=group.pinned_pages,
             sink_tokens=spec.sink_tokens,
             q_sink=sink_q,
+            slopes=slopes,
             max_query=1 if self.decode_only else None,
         )
         after = [*self.pages[:layer], pages, *self.pages[layer + 1 :]]

@@ -18,6 +18,7 @@ def attention(
     k_positions: Array,
     spec: AttentionSpec,
     own: bool = False,
+    slopes: Array | None = None,
 ) -> Array:
     """Returns softmax(scale q k + bias) v as [B, L, N, H] in q's dtype.
 
@@ -30,6 +31,7 @@ def attention(
         k_positions: int32[B, S], -1 where nothing is stored.
         own: keys and values are those of the query tokens themselves, in the same order, so that
             no query sees a later index (a hint; it changes no result).
+        slopes: float32[N], see `alibi_bias`.
     """
     groups = q.shape[2] // k.shape[1]
     wide_k = jnp.repeat(k.astype(jnp.float32), groups, axis=1)
@@ -38,7 +40,7 @@ def attention(
     scores = jnp.einsum("BLNH,BNSH->BNLS", q.astype(jnp.float32), wide_k, precision=exact)
     scores = capped(scores * spec.score_scale, spec)
     if spec.alibi is not None:
-        scores = scores + alibi_bias(spec.alibi, q.shape[2], k_positions)[:, :, None, :]
+        scores = scores + alibi_bias(spec.alibi, q.shape[2], k_positions, slopes)[:, :, None, :]
     mask = visible(q_positions, k_positions, spec.window)[:, None]
     weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
     return jnp.einsum("BNLS,BNSH->BLNH", weights, wide_v, precision=exact).astype(q.dtype)

@@ -18,12 +18,18 @@ def visible(q_positions: Array, k_positions: Array, window: int | None) -> Array
     return seen if window is None else seen & (distance < window)
 
 
-def alibi_bias(spec: AlibiSpec, num_heads: int, k_positions: Array) -> Array:
+def alibi_bias(
+    spec: AlibiSpec, num_heads: int, k_positions: Array, slopes: Array | None = None
+) -> Array:
     """Returns float32[B, N, S], slope of the head times position of the key.
+
+    Args:
+        slopes: float32[N], where the heads are some of a model's; None takes `alibi_slopes`.
 
     Source: Press et al. 2022; head counts that are no power of two as published with BLOOM.
     """
-    slopes, positions = jnp.asarray(alibi_slopes(num_heads)), k_positions.astype(jnp.float32)
+    slopes = jnp.asarray(alibi_slopes(num_heads)) if slopes is None else slopes
+    positions = k_positions.astype(jnp.float32)
     if spec.bfloat16:
         slopes, positions = _as_bfloat16(slopes), _as_bfloat16(positions)
     bias = slopes[None, :, None] * positions[:, None, :]

@@ -22,12 +22,13 @@ def attention(
     k_positions: Array,
     spec: AttentionSpec,
     own: bool = False,
+    slopes: Array | None = None,
 ) -> Array:
     """Returns softmax(scale q k + bias) v as [B, L, N, H]; see `reference.attention`."""
     length = q.shape[1]
     size = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
     if not own or length <= size:
-        return _attend(q, k, v, q_positions, k_positions, spec)
+        return _attend(q, k, v, q_positions, k_positions, spec, slopes)
     runs = []
     for start in range(0, length, size):
         end = min(start + size, length)
@@ -39,13 +40,20 @@ def attention(
                 q_positions[:, start:end],
                 k_positions[:, :end],
                 spec,
+                slopes,
             )
         )
     return jnp.concatenate(runs, axis=1)
 
 
 def _attend(
-    q: Array, k: Array, v: Array, q_positions: Array, k_positions: Array, spec: AttentionSpec
+    q: Array,
+    k: Array,
+    v: Array,
+    q_positions: Array,
+    k_positions: Array,
+    spec: AttentionSpec,
+    slopes: Array | None,
 ) -> Array:
     """Returns attention of one run of queries over the keys given."""
     batch, length, num_heads, head = q.shape
@@ -64,7 +72,7 @@ def _attend(
     scores = capped(scores * spec.score_scale, spec)
     scores = scores.reshape(batch, kv_heads, groups, length, slots)
     if spec.alibi is not None:
-        bias = alibi_bias(spec.alibi, num_heads, k_positions)
+        bias = alibi_bias(spec.alibi, num_heads, k_positions, slopes)
         scores = scores + bias.reshape(batch, kv_heads, groups, 1, slots)
     mask = visible(q_positions, k_positions, spec.window)[:, None, None]
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)

@@ -79,6 +79,7 @@ def paged_attention(
     pinned_pages: int = 0,
     sink_tokens: int = 0,
     q_sink: Array | None = None,
+    slopes: Array | None = None,
     sink_logits: Array | None = None,
     mask: Array | None = None,
     scales: tuple[Array, Array] | None = None,
@@ -104,6 +105,7 @@ def paged_attention(
         sink_tokens: with a window, keys before this position stay visible.
         q_sink: [T, N, H], queries for the sink keys where not `q`: turned to the position that a
             query has when positions are counted inside the cache.
+        slopes: float32[N], see `alibi_bias`.
         sink_logits: float32[N], one more logit in the denominator, without a value.
         mask: bool[T, M], which of the sequence's newest M keys a query sees, in place of the
             order of positions.
@@ -128,7 +130,7 @@ def paged_attention(
         scores = jnp.where(sinks, _products(q_sink, wide_k), scores)
     scores = capped(scores * spec.score_scale, spec)
     if spec.alibi is not None:
-        scores = scores + alibi_bias(spec.alibi, num_heads, k_pos)[row]
+        scores = scores + alibi_bias(spec.alibi, num_heads, k_pos, slopes)[row]
     scores = jnp.where(seen[:, None, :], scores, -jnp.inf)
     if sink_logits is not None:
         extra = jnp.broadcast_to(sink_logits.astype(jnp.float32)[None, :, None], (*q.shape[:2], 1))

@@ -103,6 +103,7 @@ class _Call(NamedTuple):
     """What does not change over the items of one call."""
 
     pages: Pages
+    slopes: Array | None
     spec: AttentionSpec
     page_size: int
     pinned_pages: int
@@ -180,6 +181,7 @@ def paged_attention(
     pinned_pages: int = 0,
     sink_tokens: int = 0,
     q_sink: Array | None = None,
+    slopes: Array | None = None,
     sink_logits: Array | None = None,
     mask: Array | None = None,
     scales: tuple[Array, Array] | None = None,
@@ -200,14 +202,15 @@ def paged_attention(
         )
     q_sink = None if spec.window is None else q_sink
     static = spec, page_size, pinned_pages, sink_tokens, max_query
-    out, lse = _attention(q, q_sink, pages, page_table, q_start, q_pos, *static)
+    out, lse = _attention(q, q_sink, slopes, pages, page_table, q_start, q_pos, *static)
     return (out, *(lse for _ in outputs)) if outputs else out
 
 
-@partial(jax.jit, static_argnums=(6, 7, 8, 9, 10))
+@partial(jax.jit, static_argnums=(7, 8, 9, 10, 11))
 def _attention(
     q: Array,
     q_sink: Array | None,
+    slopes: Array | None,
     pages: Pages,
     page_table: Array,
     q_start: Array,
@@ -219,7 +222,7 @@ def _attention(
     max_query: int | None,
 ) -> tuple[Array, Array]:
     """Returns (out [T, N, H], lse float32[T, N]); traced once for all layers that are alike."""
-    call = _Call(pages, spec, page_size, pinned_pages, sink_tokens)
+    call = _Call(pages, slopes, spec, page_size, pinned_pages, sink_tokens)
     if max_query is not None and max_query <= MAX_SINGLE:
         return _singles(call, q, q_sink, page_table, q_start, q_pos, max_query)
     return _mixed(call, q, q_sink, page_table, q_start, q_pos)
@@ -446,7 +449,7 @@ def _add_block(call: _Call, items: _Items, turn: Array, so_far: _Partial) -> _Pa
             scores = jnp.where(sinks[:, None, None, None], turned, scores)
     scores = capped(scores * call.spec.score_scale, call.spec)
     if call.spec.alibi is not None:
-        bias = alibi_bias(call.spec.alibi, heads * group, k_pos)
+        bias = alibi_bias(call.spec.alibi, heads * group, k_pos, call.slopes)
         scores = scores + bias.reshape(count, heads, 1, group, KEY_BLOCK)
     seen = seen[:, None, :, None]
     scores = jnp.where(seen, scores, _LOWEST)

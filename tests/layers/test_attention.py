@@ -41,7 +41,9 @@ def test_attention_is_its_formula(spec: AttentionSpec) -> None:
     @jax.jit
     def attend(x: jax.Array) -> jax.Array:
         run = runtime(step, replace(SERIAL, attention=spec))
-        return with_values(declared, params)(x, 0, NoCache(1).begin(step), run)[0]
+        attention = with_values(declared, params)
+        parts = run.comm.distribute(attention.project(x, run))
+        return attention.finish(*parts, 0, NoCache(1).begin(step), run)[0]
 
     def projected(name: str) -> np.ndarray:
         weight = params["qkv"]["separate"][name]
@@ -61,5 +63,5 @@ def test_attention_is_its_formula(spec: AttentionSpec) -> None:
         weights = np.where(hidden, 0, np.exp(scores))
         heads[:, head] = weights / weights.sum(1, keepdims=True) @ v[:, own]
     out = params["out"]
-    wanted = np.tensordot(heads, out["values"], 2) + out.get("bias", 0)
+    wanted = np.tensordot(heads, out["values"], 2)  # the block adds the bias
     np.testing.assert_allclose(attend(jnp.asarray(X)), wanted, atol=1e-5)

@@ -3,7 +3,7 @@
 `MIXED` has a layer of every kind, so what holds for it holds for each.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -14,14 +14,14 @@ import pytest
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxserve.config import ModelConfig
 from jaxserve.errors import UsageError
 from jaxserve.layers.cache import NoCache
 from jaxserve.layers.decoder import Model, Output, Params, forward
 from jaxserve.layers.param import Declare, Orientation
 from jaxserve.layers.step import Step
 from jaxserve.pallas_kernels import kernel_set
-from jaxserve.partitioning.collectives import Comm, LocalComm
+from jaxserve.partitioning.collectives import LocalComm, Part
+from jaxserve.partitioning.layout import Stage
 
 from .tiny_models import MIXED, PARALLEL, POST_NORMED, SERIAL, random_params, restored, sequences
 
@@ -217,70 +217,33 @@ class Recording(LocalComm):
 
     seen: list[tuple[str, ...]] = field(default_factory=list, hash=False)
 
-    def all_gather(self, x: Array, axes: tuple[str, ...]) -> Array:
-        self.seen.append(("gather", *axes))
+    def move(self, x: Array, source: Stage, target: Stage) -> Array:
+        self.seen.append((source, target))
         return x
 
-    def reduce_scatter(
-        self, x: Array, contracted: tuple[str, ...], produced: tuple[str, ...]
-    ) -> Array:
-        self.seen.append(("reduce", *contracted, "->", *produced))
-        return x
-
-    def psum(self, x: Array, axis: str) -> Array:
-        self.seen.append(("psum", axis))
-        return x
+    def distribute(self, parts: Sequence[Part]) -> list[Array]:
+        self.seen.append(tuple(part.target for part in parts))
+        return [part.x for part in parts]
 
 
-def communication(config: ModelConfig, declare: Declare) -> list[tuple[str, ...]]:
-    """Returns the collectives of one forward, in order."""
-    model, comm = Model(config, declare), Recording()
-    step = sequences(ROWS)
+def test_stages_of_a_block_follow_each_other() -> None:
+    comm, step = Recording(), sequences(ROWS)
 
-    def run(params: Params, comm: Comm) -> Output:
-        return forward(model, params, step, NoCache(2), comm, kernel_set())[0]
+    def run(params: Params) -> Output:
+        return forward(SMALL, params, step, NoCache(2), comm, kernel_set())[0]
 
-    jax.eval_shape(lambda params: run(params, comm), model.abstract_params())
-    return comm.seen
-
-
-NORM = ("psum", "embed")
-GATHER = ("gather", "embed")
-
-
-def contraction(contracted: str, *produced: str) -> list[tuple[str, ...]]:
-    return [("gather", contracted), ("reduce", contracted, "->", *produced)]
-
-
-OUT = [("gather", "heads", "head"), ("reduce", "heads", "head", "->", "embed")]
-
-
-def test_every_contraction_passes_through_the_collectives() -> None:
-    assert communication(SMALL.config, Declare()) == [
-        NORM,
-        *contraction("embed", "heads", "head"),
-        *contraction("embed", "kv_heads", "head"),
-        *contraction("embed", "kv_heads", "head"),
-        *OUT,
-        NORM,
-        *contraction("embed", "ffn"),
-        *contraction("embed", "ffn"),
-        *contraction("ffn", "embed"),
-        NORM,
-        *contraction("embed", "vocab"),
-    ]
-
-
-def test_a_fused_group_communicates_once() -> None:
-    assert communication(SMALL.config, Declare(fuse=True)) == [
-        NORM,
-        *contraction("embed", "fused"),
-        *OUT,
-        NORM,
-        *contraction("embed", "fused"),
-        *contraction("ffn", "embed"),
-        NORM,
-        *contraction("embed", "vocab"),
+    jax.eval_shape(run, SMALL.abstract_params())
+    out = [(Stage.PRODUCED, Stage.RESIDUAL)]
+    assert comm.seen == [
+        (Stage.RESIDUAL, Stage.INPUT),
+        (Stage.QUERY, Stage.QUERY, Stage.QUERY),
+        (Stage.QUERY, Stage.CONTRACTED),
+        *out,
+        (Stage.RESIDUAL, Stage.INPUT),
+        (Stage.HIDDEN, Stage.HIDDEN),
+        (Stage.HIDDEN, Stage.CONTRACTED),
+        *out,
+        (Stage.SCORED, Stage.WHOLE),
     ]
 
 

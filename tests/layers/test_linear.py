@@ -1,6 +1,5 @@
-"""The one contraction: bias, groups, and what is told to the collectives."""
+"""The one contraction, and groups of it."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -22,13 +21,13 @@ KERNELS = kernel_set("reference")
 
 
 @pytest.mark.parametrize("orientation", Orientation)
-def test_a_linear_map_contracts_inputs_and_adds_the_bias(orientation: Orientation) -> None:
+def test_a_linear_map_contracts_inputs_and_leaves_the_bias(orientation: Orientation) -> None:
     declared = Declare(orientation=orientation).weight((EMBED,), (HEADS, HEAD), bias=True)
     weight, params = filled(declared)
     w = params["values"]
     if orientation is Orientation.OUT_IN:
         w = np.moveaxis(w, -1, 0)
-    wanted = np.tensordot(X, w, 1) + params["bias"]
+    wanted = np.tensordot(X, w, 1)
     found = linear(jnp.asarray(X), weight, LocalComm(), KERNELS)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
@@ -53,9 +52,13 @@ def test_a_fused_group_gives_what_separate_members_give(bias: bool) -> None:
     x = jnp.asarray(X)
     found = linear_group(x, whole, LocalComm(), KERNELS)
     wanted = linear_group(x, apart, LocalComm(), KERNELS)
-    assert [y.shape for y in found] == [(2, 4, 3), (2, 2, 3), (2, 3)]
-    for one, other in zip(found, wanted, strict=True):
+    assert [y.shape for y, _ in found] == [(2, 4, 3), (2, 2, 3), (2, 3)]
+    for (one, own), (other, others) in zip(found, wanted, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
+        if bias:
+            np.testing.assert_array_equal(own, others)
+        else:
+            assert own is others is None
 
 
 def test_adapters_are_refused_until_they_exist() -> None:
@@ -63,37 +66,6 @@ def test_adapters_are_refused_until_they_exist() -> None:
     adapters: Any = {"rank": 4}
     with pytest.raises(ValueError, match="adapters are not supported"):
         linear(jnp.asarray(X), weight, LocalComm(), KERNELS, adapters)
-
-
-@dataclass(frozen=True)
-class Halves(LocalComm):
-    """Inputs lie in two halves: gathering doubles, reducing adds a hundred."""
-
-    seen: list[Any] = field(default_factory=list, hash=False)
-
-    def all_gather(self, x: Array, axes: tuple[str, ...]) -> Array:
-        self.seen.append(("all_gather", axes, x.shape))
-        return jnp.concatenate([x, x], axis=1)
-
-    def reduce_scatter(
-        self, x: Array, contracted: tuple[str, ...], produced: tuple[str, ...]
-    ) -> Array:
-        self.seen.append(("reduce_scatter", contracted, produced, x.shape))
-        return x + 100
-
-
-def test_activations_are_gathered_before_and_reduced_after_the_contraction() -> None:
-    weight, params = filled(Declare().weight((EMBED,), (HEADS, HEAD), bias=True))
-    comm, x = Halves(), jnp.asarray(X[:, :3])
-    found = linear(x, weight, comm, KERNELS)
-    gathered = np.concatenate([X[:, :3], X[:, :3]], axis=1)
-    # The bias comes after the sum over shards, else it would be added once a shard.
-    wanted = np.tensordot(gathered, params["values"], 1) + 100 + params["bias"]
-    np.testing.assert_allclose(found, wanted, rtol=1e-6)
-    assert comm.seen == [
-        ("all_gather", ("embed",), (2, 3)),
-        ("reduce_scatter", ("embed",), ("heads", "head"), (2, 4, 3)),
-    ]
 
 
 def test_gradients_reach_weights_and_activations() -> None:

@@ -13,6 +13,7 @@ from jaxserve.config import NormKind, NormSpec
 from jaxserve.layers.norm import Norm
 from jaxserve.layers.param import Axis, Declare
 from jaxserve.partitioning.collectives import LocalComm
+from jaxserve.partitioning.layout import Stage
 
 from .tiny_models import filled, with_values
 
@@ -36,7 +37,9 @@ BIAS = np.array([10.0, -10.0], np.float32)
 def test_a_norm_gives_what_is_worked_out_by_hand(spec: NormSpec, wanted: np.ndarray) -> None:
     params = {"scale": jnp.asarray(SCALE)} | ({"bias": jnp.asarray(BIAS)} if spec.bias else {})
     norm = with_values(Norm(spec, Axis("embed", 2), Declare()), params)
-    np.testing.assert_allclose(norm(jnp.asarray(X), LocalComm())[0], wanted, rtol=1e-6)
+    np.testing.assert_allclose(
+        norm(jnp.asarray(X), LocalComm(), Stage.RESIDUAL)[0], wanted, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", NormKind)
@@ -45,7 +48,7 @@ def test_statistics_are_float32_and_the_result_is_of_the_input_dtype(kind: NormK
     x = np.linspace(1, 3, 512, dtype=np.float32)[None]
     norm, _ = filled(Norm(NormSpec(kind), Axis("embed", 512), Declare("bfloat16")))
     x16 = jnp.asarray(x, jnp.bfloat16)
-    found = norm(x16, LocalComm())
+    found = norm(x16, LocalComm(), Stage.RESIDUAL)
     assert found.dtype == jnp.bfloat16
     wide = np.asarray(x16, np.float64)
     if kind is NormKind.LAYER:
@@ -58,8 +61,7 @@ def test_statistics_are_float32_and_the_result_is_of_the_input_dtype(kind: NormK
 class Sharded(LocalComm):
     """Features lie over the mesh axis x."""
 
-    def psum(self, x: Array, axis: str) -> Array:
-        assert axis == "embed"
+    def total(self, x: Array, stage: Stage) -> Array:
         return lax.psum(x, "x")
 
 
@@ -70,9 +72,11 @@ def test_statistics_are_summed_over_the_shards_of_the_features(kind: NormKind) -
     x = jnp.asarray(np.random.default_rng(3).normal(size=(3, 16)), jnp.float32)
 
     def shard(params: dict[str, Array], x: Array) -> Array:
-        return with_values(declared, params)(x, Sharded())
+        return with_values(declared, params)(x, Sharded(), Stage.RESIDUAL)
 
     mesh = Mesh(jax.devices(), ("x",))
     over, wide = PartitionSpec("x"), PartitionSpec(None, "x")
     sharded = jax.shard_map(shard, mesh=mesh, in_specs=(over, wide), out_specs=wide)
-    np.testing.assert_allclose(jax.jit(sharded)(params, x), norm(x, LocalComm()), atol=2e-6)
+    np.testing.assert_allclose(
+        jax.jit(sharded)(params, x), norm(x, LocalComm(), Stage.RESIDUAL), atol=2e-6
+    )

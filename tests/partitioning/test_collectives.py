@@ -1,17 +1,28 @@
 """On one device communication is the identity."""
 
 import jax.numpy as jnp
+import numpy as np
 
-from jaxserve.partitioning.collectives import Comm, LocalComm
+from jaxserve.config import AttentionSpec
+from jaxserve.partitioning.collectives import Comm, LocalComm, Part
+from jaxserve.partitioning.layout import Stage
 
 
-def test_every_collective_of_one_device_returns_its_input() -> None:
+def test_nothing_moves_on_one_device() -> None:
     comm: Comm = LocalComm()
     x = jnp.ones((2, 3))
-    assert comm.all_gather(x, ("embed",)) is x
-    assert comm.reduce_scatter(x, ("embed",), ("ffn",)) is x
-    assert comm.psum(x, "embed") is x
-    assert comm.all_to_all(x, "heads", "batch") is x
+    assert comm.move(x, Stage.RESIDUAL, Stage.INPUT) is x
+    assert comm.distribute([Part(x, Stage.QUERY)]) == [x]
+    assert comm.weight(x, [("embed", 2), ("ffn", 3)]) is x
+    assert comm.total(x, Stage.RESIDUAL) is x
+    spec = AttentionSpec(4, 2, 8)
+    assert comm.local(spec) is spec
+
+
+def test_biases_are_added_where_parts_arrive() -> None:
+    bias = jnp.arange(3.0)
+    (y,) = LocalComm().distribute([Part(jnp.ones((2, 3)), Stage.HIDDEN, bias=bias)])
+    np.testing.assert_array_equal(y, [[1, 2, 3], [1, 2, 3]])
 
 
 def test_local_communication_is_a_static_value() -> None:

@@ -1,0 +1,182 @@
+"""Layouts as data: what lies where in each part of a block.
+
+    layout = PhaseLayout(Ffn.WS2D, Heads.BATCH)
+    layout.placement(Stage.RESIDUAL)        # [T, F.xzy]: width over all devices
+    layout.placement(Stage.QUERY)           # [T.xyz, F]: sequences over all devices
+
+Source: Pope et al. 2022, sections 3.2 and 3.3. Features of the residual stream are cut in the order
+x, z, y; those of heads and MLP in the order z, y, x; tokens in the order x, y, z. These orders make
+every change of placement one that starts or ends at the innermost axes. No JAX.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+from jaxserve.partitioning.placement import Placement
+
+TOKEN_ORDER = ("x", "y", "z")
+HIDDEN_ORDER = ("z", "y", "x")
+EMBED_ORDER = ("x", "z", "y")
+
+
+class Ffn(StrEnum):
+    """What moves in the projections: activations, or weights gathered over some axes."""
+
+    WS1D = "ws1d"
+    WS2D = "ws2d"
+    WG_X = "wg-x"
+    WG_XY = "wg-xy"
+    WG_XYZ = "wg-xyz"
+
+
+class Heads(StrEnum):
+    """What attention, and with it the cache, is cut by: heads, sequences or both."""
+
+    HEADS = "heads"
+    HEADS_BATCH = "heads-batch"
+    HEADS_BATCH_XY = "heads-batch-xy"
+    BATCH = "batch"
+
+
+class Stage(StrEnum):
+    """A point of a block; its activations are [tokens, features] as named."""
+
+    RESIDUAL = "residual"  # width
+    INPUT = "input"  # width, as the first projections contract it
+    PROJECTED = "projected"  # heads or MLP, as the first projections leave it
+    HIDDEN = "hidden"  # MLP, where its non-linearity is
+    QUERY = "query"  # heads, where attention is
+    CONTRACTED = "contracted"  # heads or MLP, as the last projections contract it
+    PRODUCED = "produced"  # width, as the last projections leave it
+    EMBEDDED = "embedded"  # width, as the table's shards leave it
+    ENDS = "ends"  # width, as the logits contract it
+    SCORED = "scored"  # vocabulary, as the table's shards leave it
+    SAMPLED = "sampled"  # vocabulary, rows over all devices
+    WHOLE = "whole"  # everything everywhere
+
+
+_TOKENS = {Ffn.WG_X: 1, Ffn.WG_XY: 2, Ffn.WG_XYZ: 3}
+"""Axes of the tokens while weights are gathered."""
+
+_HEADS = {
+    Heads.HEADS: Placement(features=HIDDEN_ORDER),
+    Heads.HEADS_BATCH: Placement(tokens=("x",), features=("z", "y")),
+    Heads.HEADS_BATCH_XY: Placement(tokens=("x", "y"), features=("z",)),
+    Heads.BATCH: Placement(tokens=TOKEN_ORDER),
+}
+
+
+@dataclass(frozen=True)
+class PhaseLayout:
+    """The layout of prefill or of decode.
+
+    Attributes:
+        ffn: how projections are computed.
+        heads: how attention is cut.
+    """
+
+    ffn: Ffn
+    heads: Heads
+
+    @property
+    def gathers(self) -> bool:
+        """Returns whether weights are gathered."""
+        return self.ffn in _TOKENS
+
+    def placement(self, stage: Stage) -> Placement:
+        """Returns where the activations of a stage lie."""
+        match stage:
+            case Stage.QUERY:
+                return _HEADS[self.heads]
+            case Stage.SAMPLED:
+                return Placement(tokens=TOKEN_ORDER)
+            case Stage.WHOLE:
+                return Placement()
+            case Stage.EMBEDDED:
+                if self.ffn is Ffn.WS1D:
+                    return Placement(partial=EMBED_ORDER)
+                return Placement(features=("x",), partial=("z", "y"))
+            case Stage.ENDS:
+                return Placement(features=() if self.ffn is Ffn.WS1D else ("x",))
+            case Stage.SCORED:
+                if self.ffn is Ffn.WS1D:
+                    return Placement(features=HIDDEN_ORDER)
+                return Placement(features=("z", "y"), partial=("x",))
+        if self.gathers:
+            return self._gathered(stage)
+        if self.ffn is Ffn.WS1D:
+            return {
+                Stage.RESIDUAL: Placement(features=EMBED_ORDER),
+                Stage.INPUT: Placement(),
+                Stage.PROJECTED: Placement(features=HIDDEN_ORDER),
+                Stage.HIDDEN: Placement(features=HIDDEN_ORDER),
+                Stage.CONTRACTED: Placement(features=HIDDEN_ORDER),
+                Stage.PRODUCED: Placement(partial=EMBED_ORDER),
+            }[stage]
+        # The non-linearity goes where the queries go, so that one scatter serves both.
+        by_heads = self.heads is Heads.HEADS
+        hidden = Placement(features=HIDDEN_ORDER) if by_heads else Placement(("x",), ("z", "y"))
+        return {
+            Stage.RESIDUAL: Placement(features=EMBED_ORDER),
+            Stage.INPUT: Placement(features=("x",)),
+            Stage.PROJECTED: Placement(features=("z", "y"), partial=("x",)),
+            Stage.HIDDEN: hidden,
+            Stage.CONTRACTED: Placement(features=("z", "y")),
+            Stage.PRODUCED: Placement(features=("x",), partial=("z", "y")),
+        }[stage]
+
+    def _gathered(self, stage: Stage) -> Placement:
+        count = _TOKENS[self.ffn]
+        tokens = TOKEN_ORDER[:count]
+        features = tuple(axis for axis in ("z", "y") if axis not in tokens)
+        return {
+            Stage.RESIDUAL: Placement(tokens, features),
+            Stage.INPUT: Placement(tokens),
+            Stage.PROJECTED: Placement(tokens, features),
+            Stage.HIDDEN: Placement(tokens, features),
+            Stage.CONTRACTED: Placement(tokens, features),
+            Stage.PRODUCED: Placement(tokens, partial=features),
+        }[stage]
+
+    def kv(self, stage: Stage, num_kv_heads: int, sizes: dict[str, int]) -> Placement:
+        """Returns where keys and values lie: as the queries, but heads are never split.
+
+        They are cut over the slowest axes that divide them, and copied over the others.
+        """
+        like = self.placement(stage)
+        return Placement(like.tokens, _dividing(like.features, num_kv_heads, sizes), like.partial)
+
+    def stored(self, axis: str, size: int, sizes: dict[str, int]) -> tuple[str, ...]:
+        """Returns the mesh axes that cut a weight's logical axis where it is stored.
+
+        All layouts but WS1D store weights alike: a phase may gather them and another need not.
+        """
+        one = self.ffn is Ffn.WS1D
+        match axis:
+            case "embed":
+                return () if one else ("x",)
+            case "ffn" | "heads" | "vocab":
+                return HIDDEN_ORDER if one else ("z", "y")
+            case "kv_heads":
+                return _dividing(HIDDEN_ORDER if one else ("z", "y"), size, sizes)
+        return ()
+
+    def used(self, axis: str, size: int, sizes: dict[str, int]) -> tuple[str, ...]:
+        """Returns the mesh axes that cut a weight's logical axis in a product."""
+        gathered = TOKEN_ORDER[: _TOKENS.get(self.ffn, 0)]
+        return tuple(a for a in self.stored(axis, size, sizes) if a not in gathered)
+
+    def __str__(self) -> str:
+        return f"{self.ffn}/{self.heads}"
+
+
+def _dividing(axes: tuple[str, ...], count: int, sizes: dict[str, int]) -> tuple[str, ...]:
+    kept: list[str] = []
+    for axis in axes:
+        if count % math.prod(sizes[name] for name in [*kept, axis]):
+            break
+        kept.append(axis)
+    return tuple(kept)
