@@ -121,11 +121,20 @@ class AsyncClient:
 
 
 class AsyncStream:
-    """The chunks of a completion. Leaving it early ends the request; as `Stream`."""
+    """The chunks of a completion; as `Stream`.
+
+    `async with` ends the request of one that is left early; without, the end of its loop does.
+    """
 
     def __init__(self, call: Any) -> None:
         self._call = call
         self.completes: list[pb.Complete] = []
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.cancel()
 
     async def __aiter__(self) -> AsyncIterator[pb.Chunk]:
         try:

@@ -145,6 +145,12 @@ class Stream:
         self._call = call
         self.completes: list[pb.Complete] = []
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.cancel()
+
     def __iter__(self) -> Iterator[pb.Chunk]:
         try:
             for response in self._call:

@@ -107,8 +107,8 @@ def _set_prompt(request: Any, prompt: Prompt) -> None:
         raise UsageError("the prompt is empty; give text, token ids or messages")
     elif isinstance(prompt[0], Mapping):
         for said in cast("Sequence[Mapping[str, str]]", prompt):
-            if extra := said.keys() - {"role", "content"}:
-                raise UsageError(f"a message has {sorted(extra)}; it has a role and a content")
+            if said.keys() != {"role", "content"}:
+                raise UsageError(f"a message has role and content, and not {sorted(said)}")
             request.messages.messages.add(role=said["role"], content=said["content"])
     else:
         request.tokens.ids.extend(cast("Sequence[int]", prompt))
