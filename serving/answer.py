@@ -12,7 +12,7 @@ busy arrives as one `Delta` per sample.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Self
 
 import msgspec
@@ -117,7 +117,7 @@ class Answer:
             for delta in deltas:
                 yield delta
 
-    async def steps(self) -> AsyncIterator[list[Delta]]:
+    async def steps(self) -> AsyncGenerator[list[Delta]]:
         """Yields what came since the last turn, one delta a sample.
 
         Raises:

@@ -21,7 +21,8 @@ from jaxserve.serving.gate import Gate
 from jaxserve.serving.http import admin, chat, completions, info, kserve, page, schemas, tokens
 from jaxserve.serving.http.errors import FieldError, answer
 from jaxserve.serving.http.generate import Site
-from jaxserve.serving.http.guard import Guard, GuardLimits
+from jaxserve.serving.http.guard import Guard
+from jaxserve.serving.http.limits import RequestLimits
 from jaxserve.serving.http.openapi import operation, set_schema
 from jaxserve.serving.keys import Keys
 from jaxserve.serving.server_options import ServerOptions
@@ -60,15 +61,16 @@ def create_app(
     options: ServerOptions,
     *,
     gate: Gate | None = None,
-    limits: GuardLimits | None = None,
+    limits: RequestLimits | None = None,
 ) -> FastAPI:
     """Returns the application of a server.
 
     Args:
         gate: counts what is under way, over all servers of the service; None makes one.
-        limits: bounds of headers and bodies.
+        limits: bounds of headers, bodies and streams.
     """
-    site = Site(service, options)
+    limits = limits or RequestLimits()
+    site = Site(service, options, limits)
     keys = Keys.of(options)
     app = _bare("jaxserve", "Serves a language model.")
     _add_openai(app, site)

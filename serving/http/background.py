@@ -17,7 +17,8 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from jaxserve.serving.http.app import create_app
-from jaxserve.serving.http.protocol import DEFAULT_LIMITS, ConnectionLimits, make_server
+from jaxserve.serving.http.limits import ConnectionLimits
+from jaxserve.serving.http.protocol import DEFAULT_LIMITS, make_server
 from jaxserve.serving.server_options import ServerOptions
 from jaxserve.serving.service import Service
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from starlette.responses import Response
 from jaxserve.serving.answer import Answer, Delta
 from jaxserve.serving.http.call import unless_gone
 from jaxserve.serving.http.errors import JSON, HttpError
+from jaxserve.serving.http.limits import RequestLimits
 from jaxserve.serving.http.logprobs import TokenNames
 from jaxserve.serving.http.stream import DONE, EventStream
 from jaxserve.serving.request import Completion, Request
@@ -29,12 +30,14 @@ class Site:
 
     Attributes:
         service: the model.
-        options: limits of the server.
+        options: what the operator set.
+        limits: what nobody needs to set.
         names: what the model's tokens are called.
     """
 
     service: Service
     options: ServerOptions
+    limits: RequestLimits = RequestLimits()
     names: TokenNames = field(init=False)
 
     def __post_init__(self) -> None:
@@ -102,7 +105,8 @@ async def respond(
             await stack.aclose()
             return Response(body, media_type=JSON)
         answers = await unless_gone(http.receive, opening)
-        return EventStream(_events(answers, form), stack.aclose, end=end)
+        timeout_s = site.limits.write_timeout_s
+        return EventStream(_events(answers, form), stack.aclose, end, timeout_s)
     except BaseException:
         await stack.aclose()
         raise
@@ -127,11 +131,12 @@ async def _whole(opening: Coroutine[Any, Any, list[Answer]], form: Format) -> by
     return form.whole(answers, done)
 
 
-async def _events(answers: Sequence[Answer], form: Format) -> AsyncIterator[bytes]:
-    async for position, deltas in _merged(answers):
-        _check([delta.finish_reason for delta in deltas])
-        if data := form.chunk(position, answers[position], deltas):
-            yield data
+async def _events(answers: Sequence[Answer], form: Format) -> AsyncGenerator[bytes]:
+    async with aclosing(_merged(answers)) as merged:
+        async for position, deltas in merged:
+            _check([delta.finish_reason for delta in deltas])
+            if data := form.chunk(position, answers[position], deltas):
+                yield data
     if data := form.last(answers):
         yield data
 
@@ -146,12 +151,13 @@ def _check(reasons: Sequence[str | None]) -> None:
         raise HttpError(499, "the request was aborted while it ran", "aborted")
 
 
-async def _merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, list[Delta]]]:
+async def _merged(answers: Sequence[Answer]) -> AsyncGenerator[tuple[int, list[Delta]]]:
     """Yields (position of the answer, what came for it), from whichever answer has something."""
     readers = [answer.steps() for answer in answers]
     if len(readers) == 1:
-        async for deltas in readers[0]:
-            yield 0, deltas
+        async with aclosing(readers[0]) as reader:
+            async for deltas in reader:
+                yield 0, deltas
         return
     waiting = {_next(reader): at for at, reader in enumerate(readers)}
     try:

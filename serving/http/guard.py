@@ -15,14 +15,13 @@ import logging
 import re
 import time
 import uuid
-from dataclasses import dataclass
-
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxserve.errors import TooLargeError, UnauthenticatedError, UsageError
 from jaxserve.serving.gate import Gate
 from jaxserve.serving.http.call import Call, ClientGoneError, set_call
 from jaxserve.serving.http.errors import JSON, Description, HttpError, describe
+from jaxserve.serving.http.limits import RequestLimits
 from jaxserve.serving.keys import Caller, Keys
 from jaxserve.serving.server_options import ServerOptions
 
@@ -35,21 +34,6 @@ REQUEST_ID = b"x-request-id"
 
 _BODYLESS = frozenset({"GET", "HEAD", "OPTIONS"})
 _SOUND_ID = re.compile(r"[\w.:\-]{1,128}", re.ASCII)
-
-
-@dataclass(frozen=True)
-class GuardLimits:
-    """Bounds that no operator needs to set.
-
-    Attributes:
-        max_header_bytes: of all headers and the path.
-        max_headers: most headers.
-        body_timeout_s: longest time that a body may take to arrive.
-    """
-
-    max_header_bytes: int = 32 << 10
-    max_headers: int = 100
-    body_timeout_s: float = 30.0
 
 
 class Guard:
@@ -67,10 +51,10 @@ class Guard:
         options: ServerOptions,
         gate: Gate,
         keys: Keys | None,
-        limits: GuardLimits | None = None,
+        limits: RequestLimits | None = None,
     ) -> None:
         self._app, self._options, self._gate, self._keys = app, options, gate, keys
-        self._limits = limits or GuardLimits()
+        self._limits = limits or RequestLimits()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from dataclasses import dataclass
 from typing import Any
 
 import httptools
@@ -24,26 +23,7 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 
 from jaxserve.serving.http.errors import error_body
-
-
-@dataclass(frozen=True)
-class ConnectionLimits:
-    """What one connection may take.
-
-    Attributes:
-        max_head_bytes: longest request line with all headers.
-        max_headers: most headers.
-        max_discarded_bytes: most of a body that is thrown away after an early answer.
-        head_timeout_s: longest wait for a request's headers, from the first byte or, on a new
-            connection, from its opening.
-        keep_alive_s: how long a connection stays open without a request.
-    """
-
-    max_head_bytes: int = 32 << 10
-    max_headers: int = 100
-    max_discarded_bytes: int = 64 << 20
-    head_timeout_s: float = 10.0
-    keep_alive_s: int = 30
+from jaxserve.serving.http.limits import ConnectionLimits
 
 
 DEFAULT_LIMITS = ConnectionLimits()
@@ -131,7 +111,15 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
-        super()._start_asgi_task(cycle, app)
+        task = self.loop.create_task(cycle.run_asgi(app))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        task.add_done_callback(lambda _: self._end(cycle))
+
+    def _end(self, cycle: RequestResponseCycle) -> None:
+        """Drops the connection of an answer that was given up: its client takes nothing."""
+        if cycle.response_started and not (cycle.response_complete or cycle.disconnected):
+            self.transport.abort()
 
     def _answer(self, status: int, message: str) -> None:
         """Answers without the application, and closes."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -15,9 +16,6 @@ from jaxserve.serving.http.errors import describe
 _log = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
-
-WRITE_TIMEOUT_S = 60.0
-"""A client that takes nothing for so long is gone."""
 
 
 def frame(data: bytes) -> bytes:
@@ -32,23 +30,21 @@ class EventStream(Response):
         chunks: the events, as many as there are at once in each piece. It is closed in the end.
         close: frees what stands behind the chunks; called once, whatever happens.
         end: follows the last event, and an error.
-        write_timeout_s: longest wait for the client to take a piece.
+        write_timeout_s: longest wait for the client to take a piece; then it is gone.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
         self,
-        chunks: AsyncIterator[bytes],
+        chunks: AsyncGenerator[bytes],
         close: Callable[[], Awaitable[object]],
-        *,
-        end: bytes = DONE,
-        headers: Mapping[str, str] | None = None,
-        write_timeout_s: float = WRITE_TIMEOUT_S,
+        end: bytes,
+        write_timeout_s: float,
     ) -> None:
         # No buffering on the way, or the text comes in one piece.
-        kept = {"cache-control": "no-store", "x-accel-buffering": "no", **(headers or {})}
-        super().__init__(None, headers=kept, media_type=self.media_type)
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        super().__init__(None, headers=headers, media_type=self.media_type)
         del self.headers["content-length"]
         self._chunks, self._close, self._end = chunks, close, end
         self._write_timeout_s = write_timeout_s
@@ -69,8 +65,9 @@ class EventStream(Response):
         }
         await self._write(send, start)
         try:
-            async for chunk in self._chunks:
-                await self._write(send, _body(chunk))
+            async with aclosing(self._chunks) as chunks:
+                async for chunk in chunks:
+                    await self._write(send, _body(chunk))
             last = self._end
         except (ClientGoneError, asyncio.CancelledError):
             raise
