@@ -2,7 +2,7 @@
 
 set_up(as_json=True)
 with request_id("4f1c…"):
-log.info("request", extra={"fields": {"prompt_tokens": 12}})
+log.info("request", extra={"prompt_tokens": 12})         # or {"fields": {...}}, for any names
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
+
+_USUAL = {*vars(logging.makeLogRecord({})), "message", "asctime"}
+"""What every record has; the rest came with `extra`."""
 
 _request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
@@ -46,7 +49,8 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        fields = dict(getattr(record, "fields", {}))
+        fields = {name: value for name, value in vars(record).items() if name not in _USUAL}
+        fields |= fields.pop("fields", {})
         name = fields.pop("request_id", None) or _request_id.get()
         if name is not None:
             line["request_id"] = name
@@ -69,5 +73,5 @@ def set_up(as_json: bool, process: str = "server", level: int = logging.INFO) ->
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(handlers=[handler], level=level, force=True)
-    for noisy in ("jax", "absl", "orbax", "httpx", "asyncio"):
+    for noisy in ("jax", "absl", "orbax", "httpx", "asyncio", "uvicorn"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
