@@ -17,18 +17,20 @@ import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
-from google.protobuf.unknown_fields import UnknownFieldSet
+from google.protobuf.text_format import MessageToString
 
-from jaxserve.errors import DeadlineError, JaxserveError, UsageError
+from jaxserve.errors import DeadlineError, JaxserveError
+from jaxserve.serving import logs
 from jaxserve.serving.gate import Gate
 from jaxserve.serving.keys import Caller, Keys
+from jaxserve.serving.rpc.parse import is_sound, own_id, parse
 from jaxserve.serving.status import public_message, retry_after_s, status_of
 
 _log = logging.getLogger(__name__)
@@ -39,7 +41,6 @@ PUSHBACK_MS = "grpc-retry-pushback-ms"
 """When to try again, as gRPC's own clients read it; below 0 they do not."""
 RETRIED = ("RESOURCE_EXHAUSTED", "UNAVAILABLE")
 
-MAX_ID_CHARS = 128
 MAX_DETAILS_BYTES = 1500
 """Longest text of an error: it travels as a header, percent-encoded."""
 
@@ -52,15 +53,23 @@ class Call:
         context: of gRPC.
         caller: whose key it came with.
         request_id: what logs and metadata call it.
+        own_id: what the message calls its request, or a name that was drawn; the name that logs
+            know may come from a proxy, which gives it to several calls.
     """
 
     context: grpc.aio.ServicerContext[Any, Any]
     caller: Caller
     request_id: str
+    own_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def engine_id(self, request_id: str) -> str:
-        """Returns what the engine calls a request of this caller; callers do not meet there."""
-        return f"{self.caller.name}/{request_id}" if self.caller.name else request_id
+    def engine_id(self, own_id: str | None = None) -> str:
+        """Returns what the engine calls a request of this caller; callers do not meet there.
+
+        Args:
+            own_id: None is that of this call.
+        """
+        name = self.own_id if own_id is None else own_id
+        return f"{self.caller.name}/{name}" if self.caller.name else name
 
     async def send(self, message: Message) -> None:
         """Sends one message of a stream, once the connection takes it."""
@@ -82,6 +91,7 @@ class Desk:
         gate: counts what is under way, before anything is parsed.
         timeout_s: longest time of a call.
         log_level: of the line that each call leaves.
+        log_prompts: the line tells what was asked.
     """
 
     def __init__(
@@ -90,11 +100,13 @@ class Desk:
         gate: Gate,
         timeout_s: float | None = None,
         log_level: int = logging.INFO,
+        log_prompts: bool = False,
     ) -> None:
         self._keys = keys
         self._gate = gate
         self._timeout_s = timeout_s
         self._log_level = log_level
+        self._log_prompts = log_prompts
 
     def service(
         self, service: ServiceDescriptor, methods: Mapping[str, Method]
@@ -169,50 +181,68 @@ class Desk:
         body: bytes,
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> Message | None:
-        began = time.monotonic()
-        metadata = _texts(context)
-        call = Call(context, Caller(), "")
-        status = "OK"
+        record = _Record(said.full_name)
+        call = Call(context, Caller(), uuid.uuid4().hex)
         try:
-            call.request_id = checked_id(metadata.get(REQUEST_ID, "")) or uuid.uuid4().hex
+            metadata = _texts(context)
+            if is_sound(asked := metadata.get(REQUEST_ID, "")):
+                call.request_id = asked
             call.caller = authenticate(self._keys, metadata)
             with self._gate.enter(len(body)):
                 request = parse(kind, body)
-                call.request_id = _own_id(request) or call.request_id
+                if named := own_id(request):
+                    call.request_id = call.own_id = named
+                if self._log_prompts:
+                    record.body = MessageToString(request, as_utf8=True, as_one_line=True)
                 context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
-                async with asyncio.timeout(self._timeout_s):
-                    return await method(request, call)
+                with logs.request_id(call.request_id):
+                    return await self._in_time(method(request, call))
         except asyncio.CancelledError:
-            status = "CANCELLED"
+            record.status = "CANCELLED"
             raise
-        except TimeoutError:
-            status = "DEADLINE_EXCEEDED"
-            await refuse(
-                call,
-                DeadlineError(
-                    f"the request took longer than {self._timeout_s} s, the longest here; "
-                    "ask for fewer tokens"
-                ),
-            )
         except Exception as error:
-            status = status_of(error).grpc
-            if status == "INTERNAL":
-                _log.exception("request %s failed", call.request_id)
+            record.status = status_of(error).grpc
+            if record.status == "INTERNAL":
+                _log.exception("a call failed", extra={"request_id": call.request_id})
             await refuse(call, error)
         finally:
-            _log.log(
-                self._log_level,
-                "%s %s",
-                said.full_name,
-                status,
-                extra={
-                    "request_id": call.request_id,
-                    "client": call.caller.name,
-                    "method": said.full_name,
-                    "status": status,
-                    "seconds": round(time.monotonic() - began, 6),
-                },
-            )
+            record.write(self._log_level, call)
+
+    async def _in_time(self, work: Awaitable[Message | None]) -> Message | None:
+        """Returns what the work gives.
+
+        Raises:
+            DeadlineError: it takes longer than calls may.
+        """
+        try:
+            async with asyncio.timeout(self._timeout_s) as limit:
+                return await work
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise DeadlineError(
+                f"the request took longer than {self._timeout_s} s, the longest here; "
+                "ask for fewer tokens"
+            ) from None
+
+
+@dataclass(slots=True)
+class _Record:
+    """What the log says of a call."""
+
+    method: str
+    status: str = "OK"
+    body: str | None = None
+    began_s: float = field(default_factory=time.monotonic)
+
+    def write(self, level: int, call: Call) -> None:
+        """Writes the line."""
+        seconds = round(time.monotonic() - self.began_s, 6)
+        extra: dict[str, Any] = {"request_id": call.request_id, "client": call.caller.name}
+        extra |= {"method": self.method, "status": self.status, "seconds": seconds}
+        if self.body is not None:
+            extra["body"] = self.body
+        _log.log(level, "%s %s", self.method, self.status, extra=extra)
 
 
 def authenticate(keys: Keys | None, metadata: Mapping[str, str]) -> Caller:
@@ -222,43 +252,6 @@ def authenticate(keys: Keys | None, metadata: Mapping[str, str]) -> Caller:
         UnauthenticatedError: there are keys, and the metadata names none of them.
     """
     return Caller() if keys is None else keys.caller(metadata.get("authorization"))
-
-
-def parse(kind: type[Message], body: bytes) -> Message:
-    """Returns a message.
-
-    Raises:
-        UsageError: the bytes are none, or have a field that this version does not know.
-    """
-    try:
-        message = kind.FromString(body)
-    except DecodeError as error:
-        raise UsageError(f"{len(body)} bytes are no {kind.DESCRIPTOR.name}: {error}") from None
-    refuse_unknown(message)
-    return message
-
-
-def refuse_unknown(message: Message) -> None:
-    """Checks that a message says nothing that would be passed over.
-
-    Raises:
-        UsageError: it, or one in it, has a field that this version does not know.
-    """
-    if len(unknown := UnknownFieldSet(message)):
-        raise UsageError(
-            f"{message.DESCRIPTOR.full_name} has no field {unknown[0].field_number} here; "
-            "leave it out, or ask a server that knows it"
-        )
-    for field, value in message.ListFields():
-        if field.message_type is None:
-            continue
-        if isinstance(value, Message):
-            refuse_unknown(value)
-            continue
-        is_map = field.message_type.GetOptions().map_entry
-        for item in value.values() if is_map else value:
-            if isinstance(item, Message):
-                refuse_unknown(item)
 
 
 async def refuse(call: Call, error: BaseException) -> None:
@@ -271,29 +264,6 @@ async def refuse(call: Call, error: BaseException) -> None:
     encoded = public_message(error).encode("utf-8", "replace")[:MAX_DETAILS_BYTES]
     details = encoded.decode("utf-8", "ignore")
     await call.context.abort(grpc.StatusCode[status.grpc], details, tuple(metadata))
-
-
-def checked_id(request_id: str) -> str:
-    """Returns a request's id, which goes into headers and logs as it is.
-
-    Raises:
-        UsageError: it is too long, or has characters that do not belong there.
-    """
-    if len(request_id) > MAX_ID_CHARS:
-        raise UsageError(
-            f"a request id of {len(request_id)} characters; at most {MAX_ID_CHARS} are allowed"
-        )
-    if not all("!" <= char <= "~" for char in request_id):
-        raise UsageError("a request id must consist of printable ASCII characters without spaces")
-    return request_id
-
-
-def _own_id(request: Message) -> str:
-    """Returns the id that a message gives its request, if it does."""
-    for name in ("request_id", "id"):
-        if name in request.DESCRIPTOR.fields_by_name:
-            return checked_id(getattr(request, name))
-    return ""
 
 
 def _texts(context: grpc.aio.ServicerContext[Any, Any]) -> dict[str, str]:

@@ -196,7 +196,7 @@ class Inference:
             return self._service.intake.request(
                 convert.prompt_of(self._service, message),
                 params,
-                id=call.engine_id(call.request_id),
+                id=call.engine_id(),
                 priority=message.priority,
                 client=call.caller.name,
                 salt=call.caller.salt,

@@ -131,7 +131,7 @@ class OpenInference:
             self._service.intake.request(
                 prompt,  # pyright: ignore[reportArgumentType]  # checked there
                 params,
-                id=call.engine_id(call.request_id) + (f".{index}" if index else ""),
+                id=call.engine_id() + (f".{index}" if index else ""),
                 client=call.caller.name,
                 salt=call.caller.salt,
             )

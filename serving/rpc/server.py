@@ -53,7 +53,12 @@ def create_server(
         ConfigError: the file of API keys cannot be read.
     """
     keys = Keys.of(options)
-    desk = Desk(keys, Gate.of(options) if gate is None else gate, options.request_timeout_s)
+    desk = Desk(
+        keys,
+        Gate.of(options) if gate is None else gate,
+        options.request_timeout_s,
+        log_prompts=options.log_prompts,
+    )
     gate_of_probes = Gate(MAX_PROBES, MAX_PROBE_BYTES, MAX_PROBE_BYTES)
     probes = Desk(None, gate_of_probes, log_level=logging.DEBUG)
     names = (inference.SERVICE.full_name, open_inference.SERVICE.full_name)

@@ -259,10 +259,19 @@ def test_a_request_id_is_open_once(client: Client, channel: grpc.Channel):
     del iter_
 
 
-def test_the_id_of_the_metadata_names_a_call(channel: grpc.Channel):
-    call = channel.unary_unary("/jaxserve.v1.Inference/GetLoad")
-    _, done = call.with_call(b"", metadata=(("x-request-id", "from-a-proxy"),), timeout=60)
-    assert dict(done.trailing_metadata())["x-request-id"] == "from-a-proxy"
+def test_the_id_of_the_metadata_names_calls_in_the_log(channel: grpc.Channel):
+    """Several may have it at once: a proxy gives it to all that one page asks for."""
+    call = channel.unary_stream("/jaxserve.v1.Inference/Generate")
+    sampling = SAMPLING(max_tokens=50, ignore_eos=True)
+    body = pb.GenerateRequest(text="a", sampling=sampling).SerializeToString()
+    metadata = (("x-request-id", "from-a-proxy"),)
+    both = [call(body, metadata=metadata, timeout=60) for _ in range(2)]
+    for stream in both:
+        assert len(list(stream)) > 1
+        assert dict(stream.trailing_metadata())["x-request-id"] == "from-a-proxy"
+    unsound = call(body, metadata=(("x-request-id", "a b"),), timeout=60)
+    assert len(list(unsound)) > 1
+    assert dict(unsound.trailing_metadata())["x-request-id"] not in ("", "a b")
 
 
 def test_an_unknown_method_is_unimplemented(channel: grpc.Channel):

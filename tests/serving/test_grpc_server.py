@@ -1,7 +1,10 @@
 """What operators and their tools rely on: health, reflection, keys, certificates, definitions."""
 
+import contextlib
 import datetime
 import ipaddress
+import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -317,3 +320,52 @@ def _messages(
 def test_generated_modules_do_not_ask_for_a_version_of_protobuf():
     for path in protos.FOLDER.glob("*_pb2.py"):
         assert "runtime_version" not in path.read_text()
+
+
+def frame(kind: int, payload: bytes = b"", stream: int = 0) -> bytes:
+    """Returns a frame of HTTP/2."""
+    return (
+        struct.pack(">I", len(payload))[1:] + bytes([kind, 0]) + struct.pack(">I", stream) + payload
+    )
+
+
+@pytest.mark.parametrize(
+    ("noise", "answer"),
+    [
+        pytest.param(b"GET / HTTP/1.1\r\n\r\n", b"", id="HTTP/1"),
+        pytest.param(bytes(range(256)) * 64, b"", id="bytes"),
+        pytest.param(
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4) + frame(6, bytes(8)) * 8,
+            b"too_many_pings",
+            id="a flood of pings",
+        ),
+    ],
+)
+def test_noise_on_the_port_ends_its_connection_alone(
+    server: FakeServer, noise: bytes, answer: bytes
+):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(noise)
+        said = b""
+        with contextlib.suppress(ConnectionError):
+            while data := connection.recv(1 << 16):
+                said += data
+    assert answer in said
+    with grpc.insecure_channel(server.target) as channel:
+        assert health(channel, "") == SERVING
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_log_names_calls_and_tells_prompts_only_where_asked_to(
+    asked: bool, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO", "jaxserve.serving.rpc")
+    options = ServerOptions(grpc_port=0, log_prompts=asked)
+    with fake_server(options) as server, Client(server.target) as client:
+        client.generate("a secret", max_tokens=1, request_id="mine")
+        with pytest.raises(UsageError):
+            client.generate("a secret", n=0, request_id="wrong")
+    first, second = [record for record in caplog.records if "Generate" in record.getMessage()]
+    assert (first.request_id, first.status) == ("mine", "OK")  # pyright: ignore
+    assert (second.request_id, second.status) == ("wrong", "INVALID_ARGUMENT")  # pyright: ignore
+    assert ("a secret" in str(vars(first))) is asked
