@@ -369,6 +369,16 @@ class ModelConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be positive")
 
     @property
+    def pattern(self) -> tuple[LayerSpec, ...]:
+        """Returns the shortest run of layers that, repeated, gives all of them."""
+        total = len(self.layers)
+        for length in range(1, total + 1):
+            run = self.layers[:length]
+            if total % length == 0 and run * (total // length) == self.layers:
+                return run
+        return self.layers
+
+    @property
     def num_layers(self) -> int:
         """Returns the number of layers L."""
         return len(self.layers)

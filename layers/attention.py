@@ -7,7 +7,7 @@ from flax import nnx
 from jax import Array
 
 from jaxserve.config import AttentionSpec
-from jaxserve.layers.cache import AnyCache
+from jaxserve.layers.cache import AnyCache, At
 from jaxserve.layers.linear import linear, linear_group
 from jaxserve.layers.param import Axis, Declare
 from jaxserve.layers.rope import rotate
@@ -40,7 +40,7 @@ class Attention(nnx.Module):
         ]
 
     def finish(
-        self, q: Array, k: Array, v: Array, layer: int, cache: AnyCache, run: Runtime
+        self, q: Array, k: Array, v: Array, layer: At, cache: AnyCache, run: Runtime
     ) -> tuple[Array, AnyCache]:
         """Returns (terms of the output [T, embed] without its bias, the cache with k and v)."""
         sink_q = None

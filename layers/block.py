@@ -9,7 +9,7 @@ from jax import Array
 
 from jaxserve.config import BlockKind, LayerSpec
 from jaxserve.layers.attention import Attention
-from jaxserve.layers.cache import AnyCache
+from jaxserve.layers.cache import AnyCache, At
 from jaxserve.layers.mlp import Mlp
 from jaxserve.layers.norm import Norm
 from jaxserve.layers.param import Axis, Declare, Weight
@@ -30,17 +30,17 @@ class Block(nnx.Module):
         self.mlp_post_norm = Norm(spec.norm, embed, declare) if spec.post_norms else None
 
     def __call__(
-        self, x: Array, layer: int, cache: AnyCache, run: Runtime
+        self, x: Array, layer: At, cache: AnyCache, run: Runtime
     ) -> tuple[Array, AnyCache]:
         """Returns (the residual stream [T, embed] after this block, the cache)."""
         if self.spec.block is BlockKind.PARALLEL:
             x, cache = self._side_by_side(x, layer, cache, run)
         else:
             x, cache = self._in_series(x, layer, cache, run)
-        return run.tap(f"layers.{layer}.resid", x), cache
+        return run.tap(f"layers.{layer.index}.resid", x), cache
 
     def _side_by_side(
-        self, x: Array, layer: int, cache: AnyCache, run: Runtime
+        self, x: Array, layer: At, cache: AnyCache, run: Runtime
     ) -> tuple[Array, AnyCache]:
         """Both parts read the same input: their activations share gathers and scatters."""
         comm = run.comm
@@ -54,15 +54,15 @@ class Block(nnx.Module):
             fed = self.mlp.finish(*hidden, run=run)
         out, down = self.attention.out, self.mlp.down
         if comm.whole:
-            attended = run.tap(f"layers.{layer}.attention", self._biased(attended, out, run))
+            attended = run.tap(f"layers.{layer.index}.attention", self._biased(attended, out, run))
             return x + attended + run.tap(
-                f"layers.{layer}.mlp", self._biased(fed, down, run)
+                f"layers.{layer.index}.mlp", self._biased(fed, down, run)
             ), cache
         added = comm.move(attended + fed, Stage.PRODUCED, Stage.RESIDUAL)
         return x + self._biased(self._biased(added, out, run), down, run), cache
 
     def _in_series(
-        self, x: Array, layer: int, cache: AnyCache, run: Runtime
+        self, x: Array, layer: At, cache: AnyCache, run: Runtime
     ) -> tuple[Array, AnyCache]:
         comm = run.comm
         h = comm.move(x, Stage.RESIDUAL, Stage.INPUT)
@@ -70,14 +70,14 @@ class Block(nnx.Module):
         q, k, v = comm.distribute(self.attention.project(h, run))
         attended, cache = self.attention.finish(q, k, v, layer, cache, run)
         attended = self._added(attended, self.attention.out, self.attention_post_norm, run)
-        x = x + run.tap(f"layers.{layer}.attention", attended)
+        x = x + run.tap(f"layers.{layer.index}.attention", attended)
         h = comm.move(x, Stage.RESIDUAL, Stage.INPUT)
         if self.mlp_norm is not None:
             h = self.mlp_norm(h, comm, Stage.INPUT)
         with jax.named_scope("mlp"):
             fed = self.mlp.finish(*comm.distribute(self.mlp.project(h, run)), run=run)
         fed = self._added(fed, self.mlp.down, self.mlp_post_norm, run)
-        return x + run.tap(f"layers.{layer}.mlp", fed), cache
+        return x + run.tap(f"layers.{layer.index}.mlp", fed), cache
 
     def _added(self, terms: Array, weight: Weight, norm: Norm | None, run: Runtime) -> Array:
         """Returns what a part adds to the residual stream."""

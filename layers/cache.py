@@ -4,7 +4,7 @@
 row, so rows of different length share a batch. A token whose position is -1 is padding and kept
 nowhere.
 
-    cache = DenseCache.create(config, batch=2, slots=256, dtype="bfloat16", kernels=kernels)
+    cache = DenseCache.create(config, 2, 256, declare, comm, kernels)   # 2 rows of 256 tokens
     cache = cache.begin(step)                               # this step's tokens get their places
     out, cache = cache.attend(layer, q, k, v, spec, kernels)      # in every layer
     cache = cache.end()
@@ -13,7 +13,7 @@ nowhere.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,20 @@ from jax import Array
 
 from jaxserve.config import AttentionSpec, ModelConfig, cache_spec
 from jaxserve.errors import UnsupportedError
+from jaxserve.layers.param import Declare
 from jaxserve.layers.step import Step
 from jaxserve.pallas_kernels import KernelSet
+from jaxserve.partitioning.collectives import Comm
 
 PAGE_SIZE = 128
 """Places of a row come in such numbers."""
+
+
+class At(NamedTuple):
+    """Which layer: its index or, where layers repeat, that in the pattern and the turn int32[]."""
+
+    index: int
+    turn: Array | None = None
 
 
 class Cache(Protocol):
@@ -37,7 +46,7 @@ class Cache(Protocol):
 
     def attend(
         self,
-        layer: int,
+        layer: At,
         q: Array,
         k: Array,
         v: Array,
@@ -82,7 +91,7 @@ class NoCache:
 
     def attend(
         self,
-        layer: int,
+        layer: At,
         q: Array,
         k: Array,
         v: Array,
@@ -120,7 +129,7 @@ class DenseCache:
     it has when pages are given out as they are needed.
 
     Attributes:
-        pages: per layer, as the kernels keep them.
+        pages: per layer, as the kernels keep them; of layers that repeat, one after the other.
         table: int32[B, W], pages of each row.
         positions: int32[B * L] of the step under way.
     """
@@ -131,13 +140,25 @@ class DenseCache:
 
     @classmethod
     def create(
-        cls, config: ModelConfig, batch: int, slots: int, dtype: str, kernels: KernelSet
+        cls,
+        config: ModelConfig,
+        batch: int,
+        slots: int,
+        declare: Declare,
+        comm: Comm,
+        kernels: KernelSet,
     ) -> DenseCache:
-        """Returns an empty cache for `batch` sequences of at least `slots` tokens."""
+        """Returns an empty cache for `batch` sequences of at least `slots` tokens.
+
+        On a mesh it is that of one device.
+        """
         width = -(-slots // PAGE_SIZE)
+        batch = comm.rows(batch)
         table = jnp.arange(batch * width, dtype=jnp.int32).reshape(batch, width)
-        specs = (cache_spec(layer.attention, dtype) for layer in config.layers)
-        pages = tuple(kernels.init_pages(table.size, PAGE_SIZE, spec) for spec in specs)
+        turns = config.num_layers // len(config.pattern) if declare.stack else 1
+        layers = config.pattern if declare.stack else config.layers
+        specs = (cache_spec(comm.local(layer.attention), declare.dtype) for layer in layers)
+        pages = tuple(kernels.init_pages(turns * table.size, PAGE_SIZE, spec) for spec in specs)
         return cls(pages, table)
 
     def begin(self, step: Step) -> DenseCache:
@@ -146,7 +167,7 @@ class DenseCache:
 
     def attend(
         self,
-        layer: int,
+        layer: At,
         q: Array,
         k: Array,
         v: Array,
@@ -160,11 +181,14 @@ class DenseCache:
         batch = self.table.shape[0]
         length = q.shape[0] // batch
         row = jnp.arange(batch + 1, dtype=jnp.int32)
+        table = self.table
+        if layer.turn is not None:
+            table = table + layer.turn * table.size
         pages = kernels.write_pages(
-            self.pages[layer],
+            self.pages[layer.index],
             k,
             v,
-            self.table,
+            table,
             jnp.repeat(row[:-1], length),
             self.positions,
             page_size=PAGE_SIZE,
@@ -172,7 +196,7 @@ class DenseCache:
         out = kernels.paged_attention(
             q,
             pages,
-            self.table,
+            table,
             row * length,
             jnp.max(self.positions.reshape(batch, length), axis=1) + 1,
             self.positions,
@@ -183,7 +207,7 @@ class DenseCache:
             slopes=slopes,
             max_query=length,
         )
-        return out, replace(self, pages=_replaced(self.pages, layer, pages))
+        return out, replace(self, pages=_replaced(self.pages, layer.index, pages))
 
     def end(self) -> DenseCache:
         """Returns the cache without positions."""

@@ -13,24 +13,24 @@ static argument.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 
 from jaxserve.config import ModelConfig
+from jaxserve.errors import UnsupportedError
 from jaxserve.layers.block import Block
-from jaxserve.layers.cache import AnyCache
+from jaxserve.layers.cache import AnyCache, At
 from jaxserve.layers.norm import Norm
 from jaxserve.layers.param import (
     Axis,
     Declare,
     Init,
     Orientation,
-    Weight,
     named_parameters,
     tree_of,
 )
@@ -51,12 +51,15 @@ class Decoder(nnx.Module):
         self.config = config
         embed, vocab = Axis("embed", config.embed_dim), Axis("vocab", config.vocab_size)
         self.embedding = declare.table(vocab, embed)
-        self.layers = nnx.List([Block(spec, embed, declare) for spec in config.layers])
+        self.turns = config.num_layers // len(config.pattern) if declare.stack else None
+        repeated = config.pattern if declare.stack else config.layers
+        inner = replace(declare, copies=self.turns)
+        self.layers = nnx.List([Block(spec, embed, inner) for spec in repeated])
         self.final_norm = Norm(config.final_norm, embed, declare)
         self.head = (
             None
             if config.tied
-            else Weight((embed,), (vocab,), False, declare.dtype, Orientation.OUT_IN)
+            else replace(declare, orientation=Orientation.OUT_IN).weight((embed,), (vocab,))
         )
 
     def hidden(self, step: Step, cache: AnyCache, run: Runtime) -> tuple[Array, AnyCache]:
@@ -66,9 +69,29 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(self.config.embed_scale, x.dtype)
         x = run.tap("embed", x)
         cache = cache.begin(run.step)
-        for index, block in enumerate(self.layers):
-            x, cache = block(x, index, cache, run)
+        if self.turns is None:
+            for index, block in enumerate(self.layers):
+                x, cache = block(x, At(index), cache, run)
+        else:
+            x, cache = self._turns(x, cache, run)
         return run.tap("final", self.final_norm(x, run.comm, Stage.RESIDUAL)), cache.end()
+
+    def _turns(self, x: Array, cache: AnyCache, run: Runtime) -> tuple[Array, AnyCache]:
+        """Returns what `hidden` does, in one loop over the turns of the repeated layers."""
+        parts = [nnx.split(block) for block in self.layers]
+
+        def turn(
+            carry: tuple[Array, AnyCache], own: tuple[Array, list[Any]]
+        ) -> tuple[tuple[Array, AnyCache], None]:
+            x, cache = carry
+            number, states = own
+            for index, ((graph, _), state) in enumerate(zip(parts, states, strict=True)):
+                x, cache = nnx.merge(graph, state)(x, At(index, number), cache, run)
+            return (x, cache), None
+
+        states = [state for _, state in parts]
+        numbers = jnp.arange(self.turns, dtype=jnp.int32)
+        return lax.scan(turn, (x, cache), (numbers, states))[0]
 
     def logits(
         self, hidden: Array, comm: Comm, kernels: KernelSet, target: Stage = Stage.WHOLE
@@ -161,6 +184,11 @@ def forward(
         UsageError: `capture` or `edit` names an activation that the model does not have.
     """
     decoder = _decoder(model, params)
+    if (capture or edit) and not (comm.whole and not model.declare.stack):
+        raise UnsupportedError(
+            "capture and edit need whole activations and layers of their own; load the model on "
+            "one device, without a mesh"
+        )
     taps = Taps(capture, edit)
     attentions = {layer.attention for layer in model.config.layers}
     run = Runtime.begin(step, attentions, comm, kernels, taps)

@@ -65,17 +65,15 @@ class Weight(nnx.Module):
         bias: [*outputs], or None.
     """
 
-    def __init__(
-        self, inputs: Axes, outputs: Axes, bias: bool, dtype: str, orientation: Orientation
-    ) -> None:
+    def __init__(self, declare: Declare, inputs: Axes, outputs: Axes, bias: bool) -> None:
         self.inputs = inputs
         self.outputs = outputs
-        self.orientation = orientation
+        self.orientation = orientation = declare.orientation
         out_first = orientation is Orientation.OUT_IN
         self.stored = outputs + inputs if out_first else inputs + outputs
-        self.values = abstract(self.stored, dtype, Init.FAN_IN, fan_in=size_of(inputs))
+        self.values = declare.parameter(self.stored, Init.FAN_IN, fan_in=size_of(inputs))
         self.scales: Parameter | None = None
-        self.bias = abstract(outputs, dtype, Init.ZEROS) if bias else None
+        self.bias = declare.parameter(outputs, Init.ZEROS) if bias else None
 
 
 class WeightGroup(nnx.Module):
@@ -113,11 +111,16 @@ class Declare:
             as fast with outputs first; and only so do a row's bits not depend on how many rows
             there are, in float32 too.
         fuse: weights with a common input lie in one array (fewer, larger operations).
+        stack: layers that repeat lie in one array per parameter, and one program serves them all;
+            otherwise each has its own, and the compiler sees every layer.
+        copies: length of that array, while a repeated layer is declared.
     """
 
     dtype: str = "float32"
     orientation: Orientation = Orientation.IN_OUT
     fuse: bool = False
+    stack: bool = False
+    copies: int | None = None
 
     @classmethod
     def best(cls, platform: str, dtype: str) -> Declare:
@@ -127,7 +130,7 @@ class Declare:
 
     def weight(self, inputs: Axes, outputs: Axes, bias: bool = False) -> Weight:
         """Returns a declared linear map."""
-        return Weight(inputs, outputs, bias, self.dtype, self.orientation)
+        return Weight(self, inputs, outputs, bias)
 
     def group(self, inputs: Axes, bias: bool = False, **members: Axes) -> WeightGroup:
         """Returns declared linear maps with a common input."""
@@ -135,17 +138,18 @@ class Declare:
 
     def vector(self, axis: Axis, init: Init) -> Parameter:
         """Returns a declared vector, such as a norm's scale."""
-        return abstract((axis,), self.dtype, init)
+        return self.parameter((axis,), init)
 
     def table(self, rows: Axis, columns: Axis) -> Parameter:
         """Returns a declared lookup table [rows, columns]."""
-        return abstract((rows, columns), self.dtype, Init.EMBED)
+        return self.parameter((rows, columns), Init.EMBED)
 
-
-def abstract(axes: Axes, dtype: str, init: Init, fan_in: int = 1) -> Parameter:
-    """Returns a parameter with shape, dtype, axes and initialiser, and no values."""
-    value = jax.ShapeDtypeStruct(tuple(a.size for a in axes), jnp.dtype(dtype))
-    return Parameter(value, axes=tuple(a.name for a in axes), init=init, fan_in=fan_in)
+    def parameter(self, axes: Axes, init: Init, fan_in: int = 1) -> Parameter:
+        """Returns a parameter with shape, dtype, axes and initialiser, and no values."""
+        if self.copies is not None:
+            axes = (Axis("layers", self.copies), *axes)
+        value = jax.ShapeDtypeStruct(tuple(a.size for a in axes), jnp.dtype(self.dtype))
+        return Parameter(value, axes=tuple(a.name for a in axes), init=init, fan_in=fan_in)
 
 
 def size_of(axes: Axes) -> int:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxserve.config import AttentionSpec
+from jaxserve.errors import UsageError
 from jaxserve.partitioning.layout import HIDDEN_ORDER, PhaseLayout, Stage
 from jaxserve.partitioning.placement import Dim, Kind, Move, Placement, moves
 
@@ -71,6 +72,10 @@ class Comm(Protocol):
         """Returns the part of [T, ...], which every device holds whole, for a stage."""
         ...
 
+    def rows(self, batch: int) -> int:
+        """Returns how many of a batch's sequences one device attends to."""
+        ...
+
     def total(self, x: Array, stage: Stage) -> Array:
         """Returns [T, 1], sums over the local features, summed over all features."""
         ...
@@ -116,6 +121,10 @@ class LocalComm:
     def tokens(self, x: Array, stage: Stage) -> Array:
         """Returns x."""
         return x
+
+    def rows(self, batch: int) -> int:
+        """Returns the batch."""
+        return batch
 
     def total(self, x: Array, stage: Stage) -> Array:
         """Returns x."""
@@ -205,6 +214,20 @@ class MeshComm:
     def tokens(self, x: Array, stage: Stage) -> Array:
         """Returns the part of [T, ...], which every device holds whole, for a stage."""
         return self._cut(x, self.placement(stage).tokens, 0)
+
+    def rows(self, batch: int) -> int:
+        """Returns how many of a batch's sequences one device attends to.
+
+        Raises:
+            UsageError: they do not divide over the devices.
+        """
+        axes = self.placement(Stage.QUERY).tokens
+        if batch % self._count(axes):
+            raise UsageError(
+                f"{batch} sequences do not divide over {'*'.join(axes)}={self._count(axes)}; use a "
+                "multiple of that, or attention by heads"
+            )
+        return batch // self._count(axes)
 
     def total(self, x: Array, stage: Stage) -> Array:
         """Returns [T, 1], sums over the local features, summed over all features."""

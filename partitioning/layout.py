@@ -12,6 +12,7 @@ every change of placement one that starts or ends at the innermost axes. No JAX.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -163,6 +164,21 @@ class PhaseLayout:
             case "kv_heads":
                 return _dividing(HIDDEN_ORDER if one else ("z", "y"), size, sizes)
         return ()
+
+    def cuts(
+        self, axes: Sequence[str], shape: Sequence[int], sizes: dict[str, int]
+    ) -> tuple[tuple[str, ...], ...]:
+        """Returns the mesh axes that cut each dimension of a stored parameter.
+
+        Vectors, biases among them, are whole on every device: weights alone read the width.
+        """
+        inner = [axis for axis in axes if axis != "layers"]
+        if "embed" not in inner or len(inner) == 1:
+            return ((),) * len(axes)
+        pairs = zip(axes, shape, strict=True)
+        return tuple(
+            tuple(a for a in self.stored(axis, size, sizes) if sizes[a] > 1) for axis, size in pairs
+        )
 
     def used(self, axis: str, size: int, sizes: dict[str, int]) -> tuple[str, ...]:
         """Returns the mesh axes that cut a weight's logical axis in a product."""

@@ -156,7 +156,9 @@ def start(
     if slots < length:
         raise UsageError(f"slots={slots} cannot hold prompts of {length} tokens; use at least that")
     model = program.model
-    cache = DenseCache.create(model.config, batch, slots, model.declare.dtype, program.kernels)
+    cache = DenseCache.create(
+        model.config, batch, slots, model.declare, program.comm, program.kernels
+    )
     scores, cache = prefill(program, params, prompts, cache)
     sampled, sampling = sample(scores, prompts.lengths, sampling)
     return sampled, Progress(cache, sampled.tokens, prompts.lengths, sampling)

@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array
 
 from jaxserve.config import AttentionSpec, CacheSpec, ModelConfig
+from jaxserve.layers.cache import At
 from jaxserve.layers.step import Step
 from jaxserve.pallas_kernels import KernelSet
 
@@ -90,7 +91,7 @@ class PagedCache:
     """The pool as the layers of one step see it.
 
     Attributes:
-        pages: per layer.
+        pages: per layer; of layers that repeat, one after the other.
         tables: per group int32[R, W].
         row_of_token: int32[T].
         q_start: int32[R + 1], first token of each row.
@@ -115,7 +116,7 @@ class PagedCache:
 
     def attend(
         self,
-        layer: int,
+        layer: At,
         q: Array,
         k: Array,
         v: Array,
@@ -126,10 +127,13 @@ class PagedCache:
     ) -> tuple[Array, PagedCache]:
         """Returns (attention of q[T, N, H] over its sequences' pages, the cache with k and v)."""
         assert self.positions is not None
-        index = self.geometry.group_of(layer)
+        place = layer.index
+        index = self.geometry.group_of(place)
         group, table = self.geometry.groups[index], self.tables[index]
+        if layer.turn is not None:
+            table = table + layer.turn * group.num_pages
         pages = kernels.write_pages(
-            self.pages[layer],
+            self.pages[place],
             k,
             v,
             table,
@@ -153,7 +157,7 @@ class PagedCache:
             slopes=slopes,
             max_query=1 if self.decode_only else None,
         )
-        after = [*self.pages[:layer], pages, *self.pages[layer + 1 :]]
+        after = [*self.pages[:place], pages, *self.pages[place + 1 :]]
         return out, replace(self, pages=after)
 
     def end(self) -> PagedCache:

@@ -9,7 +9,7 @@ import pytest
 
 from jaxserve.config import AlibiSpec, AttentionSpec, RopeSpec
 from jaxserve.layers.attention import Attention
-from jaxserve.layers.cache import NoCache
+from jaxserve.layers.cache import At, NoCache
 from jaxserve.layers.param import Axis, Declare
 
 from .tiny_models import SERIAL, filled, runtime, sequences, with_values
@@ -43,7 +43,7 @@ def test_attention_is_its_formula(spec: AttentionSpec) -> None:
         run = runtime(step, replace(SERIAL, attention=spec))
         attention = with_values(declared, params)
         parts = run.comm.distribute(attention.project(x, run))
-        return attention.finish(*parts, 0, NoCache(1).begin(step), run)[0]
+        return attention.finish(*parts, At(0), NoCache(1).begin(step), run)[0]
 
     def projected(name: str) -> np.ndarray:
         weight = params["qkv"]["separate"][name]

@@ -22,7 +22,7 @@ from jaxserve.config import (
     NormSpec,
 )
 from jaxserve.layers.block import Block
-from jaxserve.layers.cache import NoCache
+from jaxserve.layers.cache import At, NoCache
 from jaxserve.layers.param import Axis, Declare
 from jaxserve.layers.tap import Taps
 
@@ -101,7 +101,7 @@ def test_a_block_joins_its_parts_as_declared(spec: LayerSpec, formula: Any) -> N
     @jax.jit
     def run(x: jax.Array) -> jax.Array:
         cache = NoCache(BATCH).begin(step)
-        return with_values(declared, params)(x, 0, cache, runtime(step, spec))[0]
+        return with_values(declared, params)(x, At(0), cache, runtime(step, spec))[0]
 
     np.testing.assert_allclose(run(jnp.asarray(X)), formula(Numpy(params), X), atol=1e-5)
 
@@ -122,7 +122,7 @@ def test_the_residual_grows_by_what_the_taps_show(kind: BlockKind) -> None:
     def run(x: jax.Array) -> dict[str, jax.Array]:
         taps = Taps(capture=("*",))
         cache = NoCache(BATCH).begin(step)
-        with_values(declared, params)(x, 4, cache, runtime(step, spec, tap=taps))
+        with_values(declared, params)(x, At(4), cache, runtime(step, spec, tap=taps))
         return taps.captured
 
     shown = run(jnp.asarray(X))

@@ -10,9 +10,11 @@ import pytest
 from jax import Array
 
 from jaxserve.config import AlibiSpec, AttentionSpec, LayerSpec, ModelConfig, cache_spec
-from jaxserve.layers.cache import PAGE_SIZE, Cache, DenseCache, NoCache
+from jaxserve.layers.cache import PAGE_SIZE, At, Cache, DenseCache, NoCache
+from jaxserve.layers.param import Declare
 from jaxserve.layers.step import Step
 from jaxserve.pallas_kernels import kernel_set
+from jaxserve.partitioning.collectives import LocalComm
 
 from .tiny_models import SERIAL
 
@@ -44,7 +46,7 @@ class Tokens:
         return ModelConfig("cached", 5, 4, (layer, layer), SERIAL.norm, max_context_tokens=16)
 
     def cache(self, slots: int = SLOTS, dtype: str = "float32") -> DenseCache:
-        return DenseCache.create(self.config(), BATCH, slots, dtype, KERNELS)
+        return DenseCache.create(self.config(), BATCH, slots, Declare(dtype), LocalComm(), KERNELS)
 
     def attend(
         self, cache: Cache, columns: slice, positions: np.ndarray | None = None
@@ -65,7 +67,7 @@ def attend(
     outs = []
     for layer in range(2):
         q, k, v = (x[layer].reshape(-1, *x.shape[3:]) for x in qkv)
-        out, cache = cache.attend(layer, q, k, v, spec, KERNELS)
+        out, cache = cache.attend(At(layer), q, k, v, spec, KERNELS)
         outs.append(out.reshape(qkv[0].shape[1:]))
     return jnp.stack(outs), cache.end()
 
