@@ -65,4 +65,5 @@ def own_id(request: Message) -> str:
 
 
 def is_sound(request_id: str) -> bool:
+    """Returns whether an id can go into headers and logs as it is."""
     return 1 <= len(request_id) <= MAX_ID_CHARS and all("!" <= char <= "~" for char in request_id)
