@@ -1,4 +1,4 @@
-"""Runs what README.md and docs/ tell a reader to type.
+"""Runs what README.md, docs/ and deploy/ tell a reader to type.
 
 Of a page, each ```python block runs in one namespace, and each ```console block runs in one
 folder that is thrown away, lines that begin with `$` being the commands. A block that cannot run
@@ -34,7 +34,7 @@ class Block:
 
 
 def pages() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")), ROOT / "deploy/README.md"]
 
 
 def blocks(page: Path) -> list[Block]:
