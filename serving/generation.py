@@ -16,23 +16,48 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import Mesh
 
 from jaxserve.errors import UsageError
 from jaxserve.layers.cache import DenseCache, NoCache
 from jaxserve.layers.decoder import Model, Params, forward
 from jaxserve.layers.step import Step
 from jaxserve.pallas_kernels import KernelSet
-from jaxserve.partitioning.collectives import Comm
+from jaxserve.partitioning.collectives import Comm, MeshComm
+from jaxserve.partitioning.layout import PhaseLayout
 from jaxserve.serving.sampler import Sampled, Sampling, sample
 
 
 @dataclass(frozen=True)
 class Program:
-    """What a compiled step is built from; no arrays."""
+    """What a compiled step is built from; no arrays.
+
+    Attributes:
+        comm: communication of decode, and of everything else unless there is a `prefill`.
+        prefill: communication of steps with more than one token a sequence.
+        mesh: devices, with axes x, y and z; None is one device.
+        layout: how weights are stored on the mesh; that of decode and prefill alike.
+    """
 
     model: Model
     comm: Comm
     kernels: KernelSet
+    prefill: Comm | None = None
+    mesh: Mesh | None = None
+    layout: PhaseLayout | None = None
+
+    @classmethod
+    def on(
+        cls, model: Model, kernels: KernelSet, mesh: Mesh, prefill: PhaseLayout, decode: PhaseLayout
+    ) -> Program:
+        """Returns a program on a mesh; prefill and decode lay out weights and cache alike."""
+        sizes = tuple(mesh.shape.items())
+        comms = MeshComm(decode, sizes), MeshComm(prefill, sizes)
+        return cls(model, comms[0], kernels, comms[1], mesh, decode)
+
+    def of(self, decode_only: bool) -> Program:
+        """Returns the program of a step, whose `comm` is that of its phase."""
+        return self if decode_only or self.prefill is None else replace(self, comm=self.prefill)
 
 
 @jax.tree_util.register_dataclass
@@ -89,10 +114,12 @@ Carry = tuple[Array, Array, Progress, Generated]
 
 def logits(program: Program, params: Params, tokens: Array) -> Array:
     """Returns float32[B, L, V] for int32[B, L] whole sequences; differentiable."""
+    program = program.of(decode_only=False)
     batch, length = tokens.shape
     positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
     step = Step(tokens.reshape(-1), positions, jnp.full_like(positions, length))
-    out, _ = forward(program.model, params, step, NoCache(batch), program.comm, program.kernels)
+    own = NoCache(program.comm.rows(batch))
+    out, _ = forward(program.model, params, step, own, program.comm, program.kernels)
     return out.logits.reshape(batch, length, -1)
 
 
@@ -100,6 +127,7 @@ def prefill(
     program: Program, params: Params, prompts: Prompts, cache: DenseCache
 ) -> tuple[Array, DenseCache]:
     """Returns (float32[B, V] after each prompt's last token, the cache filled)."""
+    program = program.of(decode_only=False)
     batch, length = prompts.tokens.shape
     given = prompts.tokens
     if batch * length == 1:  # as in `decode_step`
