@@ -154,7 +154,7 @@ class Desk:
         handler = grpc.stream_stream_rpc_method_handler(
             handle,
             request_deserializer=kind.FromString,
-            response_serializer=lambda answer: answer.SerializeToString(),
+            response_serializer=_serialized,
         )
         return grpc.method_handlers_generic_handler(service, {name: handler})
 
@@ -214,8 +214,9 @@ class Desk:
         Raises:
             DeadlineError: it takes longer than calls may.
         """
+        limit = asyncio.timeout(self._timeout_s)
         try:
-            async with asyncio.timeout(self._timeout_s) as limit:
+            async with limit:
                 return await work
         except TimeoutError:
             if not limit.expired():
@@ -243,6 +244,10 @@ class _Record:
         if self.body is not None:
             extra["body"] = self.body
         _log.log(level, "%s %s", self.method, self.status, extra=extra)
+
+
+def _serialized(message: Message) -> bytes:
+    return message.SerializeToString()
 
 
 def authenticate(keys: Keys | None, metadata: Mapping[str, str]) -> Caller:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from grpc_health.v1 import health_pb2 as pb
 
@@ -13,7 +14,7 @@ from jaxserve.errors import NotFoundError
 from jaxserve.serving.rpc.call import Call, Method
 from jaxserve.serving.service import Service, State
 
-SERVICE = pb.DESCRIPTOR.services_by_name["Health"]
+SERVICE: Any = pb.DESCRIPTOR.services_by_name["Health"]
 
 POLL_S = 0.1
 """A watcher learns of a change after this time at the latest."""
@@ -55,7 +56,7 @@ class Health:
                 told = now
             await asyncio.sleep(POLL_S)
 
-    async def list(self, message: object, call: Call) -> object:
+    async def list(self, message: Any, call: Call) -> Any:
         """Returns the state of every service."""
         answer = pb.HealthListResponse()  # pyright: ignore[reportAttributeAccessIssue]
         for name in self._names:

@@ -101,7 +101,7 @@ def _reflection(desk: Desk, names: tuple[str, ...]) -> list[grpc.GenericRpcHandl
 
     The two versions of the protocol have the same messages under different names.
     """
-    servicer = reflection.aio.ReflectionServicer(names, descriptor_pool.Default())
+    servicer: Any = reflection.aio.ReflectionServicer(names, descriptor_pool.Default())
     return [
         desk.conversation(
             name,

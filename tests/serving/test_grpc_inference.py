@@ -1,6 +1,7 @@
 """Every call of jaxserve.v1.Inference, against what the fake model gives by hand."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import pytest
@@ -35,7 +36,7 @@ def channel(server: FakeServer) -> Iterator[grpc.Channel]:
         yield made
 
 
-def refusal(channel: grpc.Channel, body: bytes, method: str = "GenerateUnary") -> grpc.RpcError:
+def refusal(channel: grpc.Channel, body: bytes, method: str = "GenerateUnary") -> Any:
     """Returns how a message is refused, given as the bytes of the wire."""
     call = channel.unary_unary(f"/jaxserve.v1.Inference/{method}")
     with pytest.raises(grpc.RpcError) as caught:

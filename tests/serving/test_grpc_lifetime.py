@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 import pytest
@@ -160,7 +161,8 @@ def test_what_is_too_much_is_refused_with_a_time_to_come_again():
         with pytest.raises(grpc.RpcError) as caught:
             call(b"")
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert int(dict(caught.value.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
+        failed: Any = caught.value
+        assert int(dict(failed.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
         with pytest.raises(QueueFullError, match="4 requests"):
             client.load()
         for stream, _ in streams:

@@ -182,7 +182,7 @@ def test_a_wrong_request_is_refused_with_its_reason(
     with pytest.raises(grpc.RpcError) as caught:
         call(channel, "ModelInfer", request_)
     assert caught.value.code().name == code
-    assert says in caught.value.details()
+    assert says in str(caught.value.details())
 
 
 def test_one_prompt_that_is_refused_ends_the_others():

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -83,7 +84,7 @@ def test_a_watcher_of_the_health_hears_of_every_change():
         told.cancel()
 
 
-def reflect(channel: grpc.Channel, version: str, **asked: str) -> list[object]:
+def reflect(channel: grpc.Channel, version: str, **asked: Any) -> list[Any]:
     """Returns the answer to a question of grpcurl."""
     ask = channel.stream_stream(
         f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",

@@ -28,7 +28,7 @@ def compile_into(folder: Path) -> bytes:
         [
             "protoc",
             f"--proto_path={FOLDER}",
-            f"--proto_path={Path(protoc.__file__).parent / '_proto'}",
+            f"--proto_path={Path(str(protoc.__file__)).parent / '_proto'}",
             f"--python_out={folder}",
             f"--pyi_out={folder}",
             f"--descriptor_set_out={described}",

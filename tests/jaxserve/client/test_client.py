@@ -205,7 +205,7 @@ class Flaky(grpc.GenericRpcHandler):
 
     def _handle(self, _: bytes, context: grpc.ServicerContext) -> Iterator[pb.GenerateResponse]:
         self.asked += 1
-        for _ in range(self.after_chunks):
+        for _chunk in range(self.after_chunks):
             yield pb.GenerateResponse(chunk=pb.Chunk(text="a"))
         if self.asked <= self.failures:
             context.abort(self.code, "not now")
@@ -226,7 +226,7 @@ class Flaky(grpc.GenericRpcHandler):
 )
 def test_only_what_may_be_tried_again_is(flaky: Flaky, error: type | None, asked: int):
     with ThreadPoolExecutor(4) as pool:
-        server = grpc.server(pool, handlers=(flaky,))
+        server = grpc.server(pool, handlers=[flaky])
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
         retries = Retries(attempts=4, first_s=0.01, longest_s=0.05)
