@@ -1,4 +1,4 @@
-"""The command line: `jaxserve generate | chat | bench | compile | info | convert`.
+"""The command line: `jaxserve generate | chat | serve | bench | compile | info | convert`.
 
 Results go to standard output, everything else to standard error. Exit codes: 0, 1 (failed),
 2 (bad usage). Heavy modules are imported by the command that needs them.
@@ -19,6 +19,7 @@ import typer
 
 from jaxserve.benchmark.cli import app as bench
 from jaxserve.errors import JaxserveError, UsageError
+from jaxserve.serve_cli import serve
 
 if TYPE_CHECKING:
     from jaxserve.api import LLM, TextStream
@@ -32,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench, name="bench")
+app.command()(serve)
 
 ModelOption = Annotated[
     str,

@@ -11,8 +11,11 @@ import asyncio
 import logging
 import signal
 import socket
+import time
 from collections.abc import Callable, Sequence
 from typing import Self
+
+import msgspec
 
 from jaxserve.serving.wire import (
     FROM_ENGINE,
@@ -65,6 +68,7 @@ class EngineChild(asyncio.Protocol):
             command: its words; the number of its socket is added.
             on_message: called in the loop with each of its messages.
         """
+        start = msgspec.structs.replace(start, launched_s=time.monotonic())
         ours, theirs = socket.socketpair()
         child = cls(on_message)
         try:

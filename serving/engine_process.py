@@ -147,6 +147,7 @@ class EngineProcess:
         threading.Thread(target=self._read, name="jaxserve-reader", daemon=True).start()
         threading.Thread(target=self._beat, name="jaxserve-beat", daemon=True).start()
         start = self._started.get()
+        self._startup_seconds["import"] = time.monotonic() - start.launched_s
         logs.set_up(start.log_json, "engine")
         try:
             made = self._build(start, self._enter)
@@ -163,6 +164,7 @@ class EngineProcess:
         made.engine.before_start = lambda ids: self._outlet.send(Started(ids))
         made.engine.start()
         self._made = made
+        self._send_beat(0.0, measured=True)
         self._outlet.send(Ready(made.info, self._startup_seconds))
         self._ended.wait()
         made.engine.stop()

@@ -22,6 +22,8 @@ _USUAL = {*vars(logging.makeLogRecord({})), "message", "asctime"}
 
 _request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
+_KNOWN = {*vars(logging.makeLogRecord({})), "message", "asctime", "color_message"}
+
 
 @contextmanager
 def request_id(name: str) -> Iterator[None]:
@@ -34,7 +36,10 @@ def request_id(name: str) -> Iterator[None]:
 
 
 class JsonFormatter(logging.Formatter):
-    """Writes a record as one line of JSON: time, level, logger, message, request_id, fields."""
+    """Writes a record as one line of JSON.
+
+    It has time, level, process, logger, message, request_id, and whatever came as `extra`.
+    """
 
     def __init__(self, process: str) -> None:
         super().__init__()

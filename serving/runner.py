@@ -26,6 +26,7 @@ from jaxserve.layers.decoder import Params
 from jaxserve.serving.batch import Ladder, StepShape, pack
 from jaxserve.serving.generation import Program
 from jaxserve.serving.kv_cache import CacheGeometry, copy_pages, create_pool, padded_copies
+from jaxserve.serving.program_store import ProgramStore
 from jaxserve.serving.request import Request, TokenLogprob
 from jaxserve.serving.scheduler import Admission, RowKind, StepPlan
 from jaxserve.serving.slot_state import (
@@ -230,14 +231,43 @@ class ModelRunner:
         """
         keys = [key for key in self._keys() if key not in self._executables]
         advance(self.num_executables - len(keys))
+        store = self._store()
+        trees = None if store is None else self._step_trees()
 
-        def compiled(key: Any) -> None:
-            self._compile(key)
+        def ready(key: Any) -> None:
+            if store is None or trees is None or not isinstance(key, StepShape):
+                self._compile(key)
+            elif (found := store.load(_label(key), *trees)) is not None:
+                self._executables[key] = found
+            else:
+                self._compile(key)
+                store.save(_label(key), self._executables[key])
             advance(1)
 
         with ThreadPoolExecutor(max_workers=_COMPILERS) as threads:
-            list(threads.map(compiled, keys))
+            list(threads.map(ready, keys))
+        if store is not None:
+            store.prune()
         self._ready = True
+
+    def _store(self) -> ProgramStore | None:
+        """Returns where the steps of this runner are kept; of one device only."""
+        devices = {d for a in jax.tree.leaves(self.params) for d in _devices_of(a)}
+        if len(devices) != 1:
+            return None
+        shapes = jax.tree_util.tree_flatten_with_path((_shapes_of(self.params), self._shapes))[0]
+        program, model = self.program, self.program.model
+        parts = [model.config, model.declare, program.comm, program.kernels, self.geometry]
+        parts += [self.num_slots, self._history_tokens]
+        parts += [(jax.tree_util.keystr(path), leaf) for path, leaf in shapes]
+        return ProgramStore.of([repr(part) for part in parts], devices.pop())
+
+    def _step_trees(self) -> tuple[Any, Any]:
+        """Returns the trees of arguments and results, which all steps share."""
+        shape = min(self.ladder.shapes(), key=lambda s: (s.num_tokens, s.num_rows))
+        step, arguments = self._step(shape)
+        results = jax.tree.structure(jax.eval_shape(step, *arguments))
+        return jax.tree.structure((arguments, {})), results
 
     def compile_largest(self) -> None:
         """Compiles the step with the most tokens, which needs the most memory."""
@@ -327,14 +357,18 @@ class ModelRunner:
         if self._report is not None:
             self._report(_label(key), time.perf_counter() - began)
 
+    def _step(self, shape: StepShape) -> tuple[Any, tuple[Any, ...]]:
+        """Returns the function of a step and the shapes of its arguments."""
+        packed = jax.ShapeDtypeStruct((shape.size(self.geometry.widths),), np.int32)
+        step = partial(serving_step, self.program, shape, self.geometry)
+        return step, (_shapes_of(self.params), *self._shapes, packed)
+
     def _lowered(self, key: Any) -> Any:
         """Returns the program of a key, lowered from shapes alone."""
         pages, state = self._shapes
         if isinstance(key, StepShape):
-            packed = jax.ShapeDtypeStruct((key.size(self.geometry.widths),), np.int32)
-            step = partial(serving_step, self.program, key, self.geometry)
-            jitted = jax.jit(step, donate_argnums=(1, 2))
-            return jitted.lower(_shapes_of(self.params), pages, state, packed)
+            step, arguments = self._step(key)
+            return jax.jit(step, donate_argnums=(1, 2)).lower(*arguments)
         if key == "admit":
             slots = np.zeros(ADMITTED_AT_ONCE, np.int32)
             rows = np.zeros((ADMITTED_AT_ONCE, NUM_COLUMNS), np.int32)
@@ -360,6 +394,12 @@ _COMPILERS = 4
 
 def _shapes_of(tree: Any) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+
+
+def _devices_of(leaf: Any) -> list[jax.Device]:
+    """Returns where an array lies; an abstract one without a place lies where JAX puts it."""
+    sharding = getattr(leaf, "sharding", None)
+    return jax.devices()[:1] if sharding is None else list(sharding.device_set)
 
 
 def _label(key: Any) -> str:

@@ -278,7 +278,7 @@ class RemoteService:
         """Deals with the end of an engine."""
         self._up = False
         self._trouble = self._trouble or how
-        _log.error("the engine is lost: %s", how, extra={"fields": {"open": len(self._sent)}})
+        _log.error("the engine is lost: %s", how, extra={"open_requests": len(self._sent)})
         assert self._ready is not None
         if not self._ready.done():
             self._ready.set_exception(
@@ -336,6 +336,7 @@ class RemoteService:
                 self._serve(info, startup_seconds)
             case Phase(name):
                 self._phase = name
+                _log.debug("the engine starts: %s", name)
             case Failed(error, text):
                 self._trouble = text
                 if self._ready is not None and not self._ready.done():

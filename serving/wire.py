@@ -41,6 +41,7 @@ class Start(msgspec.Struct, frozen=True, tag=True):
         backend: kernels.
         options: sizes.
         log_json: log lines are JSON objects.
+        launched_s: `time.monotonic()` when the process was launched.
     """
 
     model: str
@@ -48,6 +49,7 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     backend: str = "xla"
     options: EngineOptions = EngineOptions()
     log_json: bool = True
+    launched_s: float = 0.0
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):

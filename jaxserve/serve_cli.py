@@ -1,0 +1,159 @@
+"""`jaxserve serve`: a model behind HTTP and gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from jaxserve.serving.options import EngineOptions
+    from jaxserve.serving.server_options import ServerOptions
+
+
+class LogFormat(StrEnum):
+    """How log lines look; AUTO is text on a terminal and JSON elsewhere."""
+
+    AUTO = "auto"
+    JSON = "json"
+    TEXT = "text"
+
+
+class Policy(StrEnum):
+    """Who is served first."""
+
+    FCFS = "fcfs"
+    FAIR = "fair"
+
+
+def serve(
+    model: Annotated[
+        str,
+        typer.Option("--model", "-m", help="tiny, tiny-draft, a checkpoint directory or a name"),
+    ] = "tiny",
+    model_name: Annotated[
+        str | None, typer.Option(help="what requests call it; by default as --model")
+    ] = None,
+    host: Annotated[str, typer.Option(help="address of HTTP and gRPC")] = "127.0.0.1",
+    http_port: Annotated[int, typer.Option(help="0 takes a free one, -1 leaves HTTP out")] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="0 takes a free one, -1 leaves gRPC out")] = 8001,
+    admin_port: Annotated[
+        int, typer.Option(help="of the admin routes, on 127.0.0.1; -1 leaves them out")
+    ] = -1,
+    api_key_file: Annotated[Path | None, typer.Option(help="lines `name key`")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM file")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="PEM file; clients need a certificate that it signed")
+    ] = None,
+    allow_plaintext: Annotated[
+        bool, typer.Option("--allow-plaintext", help="no TLS on an address that others reach")
+    ] = False,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="pages of this origin may call; may be repeated")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16 or float32; by default as the checkpoint")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="kernels: xla or reference")] = "xla",
+    max_sequences: Annotated[int, typer.Option(help="sequences that run at once")] = 32,
+    max_step_tokens: Annotated[int, typer.Option(help="tokens of one step")] = 512,
+    kv_mib: Annotated[
+        int | None, typer.Option("--kv-mib", help="memory for keys and values, in MiB")
+    ] = None,
+    policy: Annotated[
+        Policy, typer.Option(help="fcfs: oldest first; fair: equal shares by API key")
+    ] = Policy.FCFS,
+    max_requests: Annotated[int, typer.Option(help="requests under way at once")] = 1024,
+    max_waiting_tokens: Annotated[int, typer.Option(help="prompt tokens that wait")] = 4_000_000,
+    max_body_mib: Annotated[int, typer.Option(help="largest request, in MiB")] = 4,
+    max_prompt_tokens: Annotated[int | None, typer.Option(help="longest prompt")] = None,
+    max_n: Annotated[int, typer.Option(help="most completions of a request")] = 16,
+    max_logprobs: Annotated[int, typer.Option(help="most likeliest tokens of a request")] = 20,
+    request_timeout: Annotated[
+        float | None, typer.Option(help="seconds that a request may take")
+    ] = None,
+    drain_grace: Annotated[
+        float, typer.Option(help="seconds for requests under way after SIGTERM")
+    ] = 30.0,
+    log_prompts: Annotated[
+        bool, typer.Option("--log-prompts", help="write prompts into the log")
+    ] = False,
+    log_format: Annotated[LogFormat, typer.Option(help="auto, json or text")] = LogFormat.AUTO,
+    otel_endpoint: Annotated[
+        str | None, typer.Option(help="send traces to this OTLP/HTTP address")
+    ] = None,
+) -> None:
+    """Serve a model: OpenAI-compatible HTTP, gRPC, health, metrics."""
+    from jaxserve.serving import logs
+    from jaxserve.serving.options import EngineOptions
+    from jaxserve.serving.server_options import ServerOptions
+
+    options = ServerOptions(
+        model_name=model_name or _name(model),
+        host=host,
+        http_port=_port(http_port),
+        grpc_port=_port(grpc_port),
+        admin_port=_port(admin_port),
+        api_key_file=api_key_file,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        tls_client_ca=tls_client_ca,
+        allow_plaintext=allow_plaintext,
+        cors_origins=tuple(cors_origin or ()),
+        max_body_bytes=max_body_mib << 20,
+        max_prompt_tokens=max_prompt_tokens,
+        max_n=max_n,
+        max_logprobs=max_logprobs,
+        max_requests=max_requests,
+        max_waiting_tokens=max_waiting_tokens,
+        drain_grace_s=drain_grace,
+        request_timeout_s=request_timeout,
+        log_prompts=log_prompts,
+        log_json=log_format is LogFormat.JSON
+        or (log_format is LogFormat.AUTO and not sys.stderr.isatty()),
+    )
+    engine = EngineOptions(
+        max_sequences=max_sequences,
+        max_step_tokens=max_step_tokens,
+        kv_bytes=None if kv_mib is None else kv_mib << 20,
+        policy=policy.value,
+        max_queued_requests=max_requests,
+        max_queued_tokens=max_waiting_tokens,
+    )
+    logs.set_up(options.log_json)
+    raise typer.Exit(asyncio.run(_run(model, dtype, backend, options, engine, otel_endpoint)))
+
+
+async def _run(
+    model: str,
+    dtype: str | None,
+    backend: str,
+    options: ServerOptions,
+    engine: EngineOptions,
+    otel_endpoint: str | None,
+) -> int:
+    """Returns the exit status of the server."""
+    from jaxserve.serving.model_files import ModelFiles
+    from jaxserve.serving.server import Server
+    from jaxserve.serving.supervisor import RemoteService
+    from jaxserve.serving.wire import Start
+
+    files = ModelFiles.find(model, dtype)
+    start = Start(model, dtype, backend, engine, options.log_json)
+    name = options.model_name
+    service = RemoteService(start, files.intake(name), files.card(name))
+    return await Server(service, options).run()
+
+
+def _name(model: str) -> str:
+    """Returns what a model is called: without the folders it lies in."""
+    return Path(model).name if Path(model).is_dir() else model
+
+
+def _port(number: int) -> int | None:
+    return None if number == -1 else number
