@@ -36,6 +36,7 @@ class BackgroundServer:
         port: of the loopback address.
         service: what it serves.
         app: what answers.
+        http: what listens.
         loop: in which service and server live.
     """
 
@@ -43,6 +44,7 @@ class BackgroundServer:
     port: int = 0
     service: Any = None
     app: Any = None
+    http: uvicorn.Server | None = None
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
@@ -66,13 +68,12 @@ def serve_in_background(
     """
     server, started = BackgroundServer(), threading.Event()
     failures: list[BaseException] = []
-    running: list[uvicorn.Server] = []
 
     async def serve() -> None:
         async with make_service() as service:
             server.service, server.app = service, make_app(service, options)
             http = make_server(server.app, "127.0.0.1", 0, limits=limits, shutdown_s=1)
-            running.append(http)
+            server.http = http
             serving = asyncio.ensure_future(http.serve())
             while not http.started and not serving.done():
                 await asyncio.sleep(0.001)
@@ -98,8 +99,8 @@ def serve_in_background(
             raise RuntimeError("the server did not start") from (failures or [None])[0]
         yield server
     finally:
-        for http in running:
-            http.should_exit = True
+        if server.http is not None:
+            server.http.should_exit = True
         thread.join(_PATIENCE_S)
     if failures:
         raise RuntimeError("the server failed") from failures[0]

@@ -37,7 +37,7 @@ class Site:
 
     service: Service
     options: ServerOptions
-    limits: RequestLimits = RequestLimits()
+    limits: RequestLimits
     names: TokenNames = field(init=False)
 
     def __post_init__(self) -> None:

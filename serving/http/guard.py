@@ -15,6 +15,7 @@ import logging
 import re
 import time
 import uuid
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxserve.errors import TooLargeError, UnauthenticatedError, UsageError

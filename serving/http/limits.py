@@ -12,6 +12,8 @@ class ConnectionLimits:
     Attributes:
         max_head_bytes: longest request line with all headers.
         max_headers: most headers.
+        max_pipelined: requests that may wait for the answer to one before them; each with a body
+            of up to 64 KiB.
         max_discarded_bytes: most of a body that is thrown away after an early answer.
         head_timeout_s: longest wait for a request's headers, from the first byte or, on a new
             connection, from its opening.
@@ -20,6 +22,7 @@ class ConnectionLimits:
 
     max_head_bytes: int = 32 << 10
     max_headers: int = 100
+    max_pipelined: int = 16
     max_discarded_bytes: int = 64 << 20
     head_timeout_s: float = 10.0
     keep_alive_s: int = 30

@@ -16,6 +16,7 @@ from typing import Any
 import httptools
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
     HttpToolsProtocol,
@@ -24,7 +25,6 @@ from uvicorn.protocols.http.httptools_impl import (
 
 from jaxserve.serving.http.errors import error_body
 from jaxserve.serving.http.limits import ConnectionLimits
-
 
 DEFAULT_LIMITS = ConnectionLimits()
 
@@ -42,10 +42,13 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_head = True
         self._running: RequestResponseCycle | None = None
         self._head_timer: asyncio.TimerHandle | None = None
+        self._rest_timer: asyncio.TimerHandle | None = None
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_timer()
+        if self._rest_timer is not None:
+            self._rest_timer.cancel()
         # uvicorn tells the newest request only.
         for cycle in (self._running, *(waiting for waiting, _ in self.pipeline)):
             if cycle is not None and not cycle.response_complete:
@@ -84,6 +87,11 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_head = False
         self._forget_timer()
         super().on_headers_complete()
+        if len(self.pipeline) > self.limits.max_pipelined:
+            self.transport.abort()
+        elif self.pipeline:
+            # uvicorn stops reading here, and would not see the client go.
+            self.flow.resume_reading()
 
     def on_body(self, body: bytes) -> None:
         if self.cycle.response_complete:
@@ -92,10 +100,18 @@ class BoundedProtocol(HttpToolsProtocol):
                 self.transport.abort()
             return
         super().on_body(body)
+        if self.cycle is not self._running and len(self.cycle.body) > HIGH_WATER_LIMIT:
+            self.transport.abort()
 
     def on_response_complete(self) -> None:
         self._in_head = True
         super().on_response_complete()
+        if self.transport.is_closing():
+            self._watch_rest()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._watch_rest()
 
     def send_400_response(self, msg: str) -> None:
         status, message = 400, "this is not a valid HTTP/1.1 request"
@@ -121,10 +137,30 @@ class BoundedProtocol(HttpToolsProtocol):
         if cycle.response_started and not (cycle.response_complete or cycle.disconnected):
             self.transport.abort()
 
+    def _watch_rest(self) -> None:
+        """Drops a closed connection whose client takes nothing more of the last answer."""
+        if left := self.transport.get_write_buffer_size():
+            self._rest_timer = self.loop.call_later(
+                self.limits.keep_alive_s, self._check_rest, left
+            )
+
+    def _check_rest(self, before: int) -> None:
+        if self.transport.get_write_buffer_size() < before:
+            self._watch_rest()
+        else:
+            self.transport.abort()
+
     def _answer(self, status: int, message: str) -> None:
         """Answers without the application, and closes."""
-        busy = self._running is not None and not self._running.response_complete
-        if not busy and not self.transport.is_closing():
+        running = self._running
+        if running is not None and not running.response_complete:
+            # Its own body is at fault, or what came behind it.
+            free = running is self.cycle and not running.response_started
+            running.disconnected = True
+            running.message_event.set()
+        else:
+            free = True
+        if free and not self.transport.is_closing():
             body = error_body(status, message)
             head = (
                 STATUS_LINE[status] + b"content-type: application/json\r\nconnection: close\r\n"
