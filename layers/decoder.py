@@ -152,7 +152,7 @@ class Output:
 
     Attributes:
         logits: float32[R, V] of the rows asked for.
-        hidden: [T, embed] after the final norm.
+        hidden: [T, embed] after the final norm, as the residual stream lies.
         taps: captured activations by name.
     """
 
@@ -171,6 +171,7 @@ def forward(
     rows: Array | None = None,
     capture: tuple[str, ...] = (),
     edit: Mapping[str, Callable[[Array], Array]] | None = None,
+    target: Stage = Stage.WHOLE,
 ) -> tuple[Output, AnyCache]:
     """Returns (output, cache) of one step.
 
@@ -179,6 +180,7 @@ def forward(
         rows: int32[R], tokens whose logits are wanted; None wants all.
         capture: names or patterns of activations to return in `Output.taps`.
         edit: name -> function applied to that activation.
+        target: where the logits are needed.
 
     Raises:
         UsageError: `capture` or `edit` names an activation that the model does not have.
@@ -194,14 +196,22 @@ def forward(
     run = Runtime.begin(step, attentions, comm, kernels, taps)
     hidden, cache = decoder.hidden(step, cache, run)
     with jax.named_scope("logits"):
-        logits = decoder.logits(comm.take(hidden, rows), comm, kernels)
+        logits = decoder.logits(comm.take(hidden, rows), comm, kernels, target)
     taps.check()
     return Output(logits, hidden, taps.captured), cache
 
 
-def logits_of(model: Model, params: Params, hidden: Array, comm: Comm, kernels: KernelSet) -> Array:
-    """Returns float32[R, V] for rows [R, embed] of `Output.hidden`."""
-    return _decoder(model, params).logits(hidden, comm, kernels)
+def logits_of(
+    model: Model,
+    params: Params,
+    hidden: Array,
+    rows: Array,
+    comm: Comm,
+    kernels: KernelSet,
+    target: Stage = Stage.WHOLE,
+) -> Array:
+    """Returns float32[R, V] for rows int32[R] of `Output.hidden`."""
+    return _decoder(model, params).logits(comm.take(hidden, rows), comm, kernels, target)
 
 
 def _decoder(model: Model, params: Params) -> Decoder:

@@ -76,6 +76,14 @@ class Comm(Protocol):
         """Returns how many of a batch's sequences one device attends to."""
         ...
 
+    def spread_rows(self, x: Array) -> Array:
+        """Returns [R, ...] padded, so that `Stage.SAMPLED` can cut it, with its last row."""
+        ...
+
+    def gather_rows(self, x: Array) -> Array:
+        """Returns the rows of all devices, given those of one at `Stage.SAMPLED`."""
+        ...
+
     def total(self, x: Array, stage: Stage) -> Array:
         """Returns [T, 1], sums over the local features, summed over all features."""
         ...
@@ -125,6 +133,14 @@ class LocalComm:
     def rows(self, batch: int) -> int:
         """Returns the batch."""
         return batch
+
+    def spread_rows(self, x: Array) -> Array:
+        """Returns x."""
+        return x
+
+    def gather_rows(self, x: Array) -> Array:
+        """Returns x."""
+        return x
 
     def total(self, x: Array, stage: Stage) -> Array:
         """Returns x."""
@@ -214,6 +230,17 @@ class MeshComm:
     def tokens(self, x: Array, stage: Stage) -> Array:
         """Returns the part of [T, ...], which every device holds whole, for a stage."""
         return self._cut(x, self.placement(stage).tokens, 0)
+
+    def spread_rows(self, x: Array) -> Array:
+        """Returns [R, ...] padded, so that `Stage.SAMPLED` can cut it, with its last row."""
+        count = self._count(self.placement(Stage.SAMPLED).tokens)
+        pad = [(0, -x.shape[0] % count), *[(0, 0)] * (x.ndim - 1)]
+        return jnp.pad(x, pad, mode="edge")
+
+    def gather_rows(self, x: Array) -> Array:
+        """Returns the rows of all devices, given those of one at `Stage.SAMPLED`."""
+        axes = self.placement(Stage.SAMPLED).tokens
+        return lax.all_gather(x, axes, axis=0, tiled=True) if axes else x
 
     def rows(self, batch: int) -> int:
         """Returns how many of a batch's sequences one device attends to.

@@ -10,6 +10,7 @@ so a step can be dispatched before the host has seen the result of the one befor
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax import Array, lax
 
 from jaxserve.layers.decoder import Output, Params, forward, logits_of
 from jaxserve.layers.step import Step
+from jaxserve.partitioning.layout import Stage
 from jaxserve.serving.batch import Batch, StepShape, positions_of, unpack
 from jaxserve.serving.generation import Program
 from jaxserve.serving.kv_cache import CacheGeometry, PagedCache, Pages
@@ -59,31 +61,46 @@ def serving_step(
     packed: Array,
 ) -> tuple[StepOutput, list[Pages], SlotState]:
     """Returns (results, pages, state) of one step; see `batch.pack` for `packed`."""
+    program = program.of(shape.decode_only)
+    comm = program.comm
     batch = unpack(packed, shape, geometry.widths)
     positions, kv_len = positions_of(batch, state.num_cached)
-    decodes = (batch.kinds == RowKind.DECODE)[batch.row_of_token]
-    slot_of_token = batch.slots[batch.row_of_token]
+    row_of_token = batch.rows_of_tokens
+    decodes = (batch.kinds == RowKind.DECODE)[row_of_token]
+    slot_of_token = batch.slots[row_of_token]
     tokens = jnp.where(decodes, state.last_token[slot_of_token], batch.tokens)
     prompt = state.params[slot_of_token, Column.PROMPT_TOKENS]
     step = Step(tokens, positions, jnp.where(positions < prompt, prompt, positions + 1))
+    own = partial(comm.tokens, stage=Stage.QUERY)
     cache = PagedCache(
         pages,
-        batch.tables,
-        batch.row_of_token,
-        batch.q_start,
-        kv_len,
+        tuple(own(table) for table in batch.tables),
+        own(batch.row_of_token),
+        own(batch.q_start),
+        own(kv_len),
         geometry,
         shape.decode_only,
     )
-    last = jnp.maximum(batch.q_start[1:] - 1, 0)
+    rows = comm.spread_rows(jnp.maximum(batch.ends - 1, 0))
     output, cache = forward(
-        program.model, params, step, cache, program.comm, program.kernels, rows=last
+        program.model,
+        params,
+        step,
+        cache,
+        comm,
+        program.kernels,
+        rows=rows,
+        target=Stage.SAMPLED,
     )
+    mine = partial(comm.tokens, stage=Stage.SAMPLED)
     with jax.named_scope("sample"):
-        drawn = sample_slots(output.logits, kv_len, state, batch.slots, batch.needs)
+        spread = [mine(comm.spread_rows(x)) for x in (kv_len, batch.slots)]
+        drawn = sample_slots(output.logits, spread[0], state, spread[1], batch.needs)
+    scores = _logprobs(output.logits, drawn, batch.needs)
+    drawn, *scores = (comm.gather_rows(x)[: batch.slots.shape[0]] for x in (drawn, *scores))
     result = StepOutput(
         drawn,
-        *_logprobs(output.logits, drawn, batch.needs),
+        *scores,
         *_prompt_logprobs(program, params, output, batch, tokens),
     )
     return result, cache.pages, _advanced(state, batch, drawn, kv_len)
@@ -120,21 +137,25 @@ def _prompt_logprobs(
     program: Program, params: Params, output: Output, batch: Batch, tokens: Array
 ) -> tuple[Array, Array, Array]:
     """Returns log-probabilities of the token after each token, R tokens at a time, or zeros."""
-    size, rows = tokens.shape[0], batch.slots.shape[0]
-    count = min(MAX_LOGPROBS, output.logits.shape[1])
+    size, rows, comm = tokens.shape[0], batch.slots.shape[0], program.comm
+    count = min(MAX_LOGPROBS, program.model.config.vocab_size)
     blocks = -(-size // rows)
-    pad = blocks * rows - size
 
     def block(of: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        logits = logits_of(program.model, params, of[0], program.comm, program.kernels)
-        return logprobs(logits, of[1], count)
+        at, following = (comm.spread_rows(x) for x in of)
+        logits = logits_of(
+            program.model, params, output.hidden, at, comm, program.kernels, Stage.SAMPLED
+        )
+        found = logprobs(logits, comm.tokens(following, Stage.SAMPLED), count)
+        chosen, top_tokens, top_logprobs = (comm.gather_rows(x)[:rows] for x in found)
+        return chosen, top_tokens, top_logprobs
 
     def wanted() -> tuple[Array, Array, Array]:
-        ends = jnp.where(batch.q_start[1:] > batch.q_start[:-1], batch.q_start[1:] - 1, size)
+        ends = jnp.where(batch.counts > 0, batch.ends - 1, size)
         after = jnp.roll(tokens, -1).at[ends].set(batch.next_tokens, mode="drop")
-        following = jnp.pad(after, (0, pad)).reshape(blocks, rows)
-        hidden = jnp.pad(output.hidden, ((0, pad), (0, 0))).reshape(blocks, rows, -1)
-        chosen, top_tokens, top_logprobs = lax.map(block, (hidden, following))
+        index = jnp.minimum(jnp.arange(blocks * rows, dtype=jnp.int32), size - 1)
+        following = after[index].reshape(blocks, rows)
+        chosen, top_tokens, top_logprobs = lax.map(block, (index.reshape(blocks, rows), following))
         return (
             chosen.reshape(-1)[:size],
             top_tokens.reshape(-1, count)[:size],
