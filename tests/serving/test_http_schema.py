@@ -1,0 +1,100 @@
+"""Requests made from the OpenAPI schema: whatever is sent, no failure of the server and no hang.
+
+`JAXSERVE_SCHEMA_CASES` sets how many are made of each route; 500 are several thousand in all.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from jaxserve.serving.fake_service import fake_card, fake_engine, fake_intake, fake_service
+from jaxserve.serving.http.app import create_app
+from jaxserve.serving.http.background import BackgroundServer, serve_in_background
+from jaxserve.serving.server_options import ServerOptions
+from jaxserve.serving.service import LocalService
+
+FEW = 25
+CASES = int(os.environ.get("JAXSERVE_SCHEMA_CASES", FEW))
+TIMEOUT_S = 10.0
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+    negative_data_rejection,
+]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[BackgroundServer]:
+    with serve_in_background(fake_service, ServerOptions(model_name="fake")) as server:
+        yield server
+
+
+def openapi() -> dict[str, Any]:
+    service = LocalService(fake_engine(), fake_intake(), fake_card())
+    return create_app(service, ServerOptions(model_name="fake")).openapi()
+
+
+ROUTES = {
+    f"{method.upper()} {path}": "requestBody" in said
+    for path, methods in openapi()["paths"].items()
+    for method, said in methods.items()
+}
+"""Whether each route reads a body."""
+
+
+@pytest.mark.parametrize(
+    ("route", "mode"),
+    [(route, GenerationMode.POSITIVE) for route in ROUTES]
+    + [(route, GenerationMode.NEGATIVE) for route, reads in ROUTES.items() if reads],
+    ids=lambda value: getattr(value, "value", value),
+)
+def test_whatever_is_sent_is_answered_as_the_schema_says(
+    server: BackgroundServer, route: str, mode: GenerationMode
+) -> None:
+    schema = schemathesis.openapi.from_dict(server.app.openapi())
+    schema.config.update(base_url=server.url)
+    operations = (result.ok() for result in schema.get_all_operations())
+    (cases,) = (one.as_strategy(generation_mode=mode) for one in operations if one.label == route)
+    statuses: Counter[int] = Counter()
+
+    @settings(
+        max_examples=CASES,
+        deadline=None,
+        database=None,
+        derandomize=CASES == FEW,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.data())
+    def send(data: st.DataObject) -> None:
+        case = data.draw(cases)
+        if data.draw(st.booleans()):
+            # Or nearly every request would be for a model that is not there.
+            if "name" in case.path_parameters:
+                case.path_parameters["name"] = "fake"
+            if isinstance(case.body, dict) and "model" in case.body:
+                case.body["model"] = "fake"
+        response = case.call(timeout=TIMEOUT_S)
+        statuses[response.status_code] += 1
+        case.validate_response(response, checks=CHECKS)
+
+    send()
+    print(route, mode.value, dict(statuses))
+    if not route.endswith("/infer"):  # data hardly ever fill a shape by chance
+        assert (200 in statuses) == (mode is GenerationMode.POSITIVE)
