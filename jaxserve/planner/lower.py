@@ -1,0 +1,186 @@
+"""Compiles a step for TPUs that are not here, and reads what the compiler made of it.
+
+    job = Job(named_config("llama-2-70b"), PhaseLayout(Ffn.WS2D, Heads.BATCH), batch=64, slots=2048)
+    program = lower(job, SLICES["v5e:8x8"].mesh()).compile()
+    program.memory_analysis().temp_size_in_bytes          # of one chip
+
+The step is that of `serving.generation` under one `shard_map`; layers that repeat are one loop.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxserve.config import ModelConfig, dtype_bytes
+from jaxserve.layers.cache import DenseCache
+from jaxserve.layers.decoder import Model
+from jaxserve.layers.param import Declare, named_parameters, tree_of
+from jaxserve.pallas_kernels import kernel_set
+from jaxserve.partitioning.collectives import MeshComm
+from jaxserve.partitioning.cost import Pass
+from jaxserve.partitioning.layout import PhaseLayout, Stage
+from jaxserve.planner.slab import SlabCache
+from jaxserve.serving.generation import Program, Prompts, decode_step, prefill
+
+
+class Store(StrEnum):
+    """Where keys and values lie: in one array, or in pages as `backend`'s kernels keep them."""
+
+    SLAB = "slab"
+    PAGES = "pages"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A step to compile.
+
+    Attributes:
+        config: the model; layers that repeat are stored together.
+        phase: its layout.
+        batch: sequences.
+        slots: tokens that the cache has room for, a sequence.
+        length: tokens of each sequence in this step; 1 decodes.
+        dtype: of weights, activations and cache.
+        store: kind of cache.
+        backend: kernels.
+    """
+
+    config: ModelConfig
+    phase: PhaseLayout
+    batch: int
+    slots: int
+    length: int = 1
+    dtype: str = "bfloat16"
+    store: Store = Store.SLAB
+    backend: str = "xla"
+
+    @property
+    def step(self) -> Pass:
+        """Returns the step as its communication is derived from."""
+        return Pass(self.batch * self.length, self.batch, self.dtype)
+
+    def program(self, sizes: dict[str, int]) -> Program:
+        """Returns what the step is built from on a mesh."""
+        model = Model(self.config, Declare(self.dtype, stack=True))
+        return Program(model, MeshComm(self.phase, tuple(sizes.items())), kernel_set(self.backend))
+
+
+def lower(job: Job, mesh: Mesh) -> jax.stages.Lowered:
+    """Returns the step, traced for the devices of a mesh.
+
+    The compiler chooses how weights and cache lie in memory, and the cache is updated in place.
+    """
+    program = job.program(dict(mesh.shape))
+    weights = _weight_specs(program, job.phase, dict(mesh.shape))
+    cache, cache_specs = _cache(job, program)
+    whole = PartitionSpec()
+    own = NamedSharding(mesh, whole)
+    if job.length == 1:
+        function = partial(_decode, program)
+        given = [jax.ShapeDtypeStruct((job.batch,), jnp.int32)] * 2
+    else:
+        function = partial(_prefill, program)
+        given = [
+            jax.ShapeDtypeStruct((job.batch, job.length), jnp.int32),
+            jax.ShapeDtypeStruct((job.batch,), jnp.int32),
+        ]
+    mapped = jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(weights, cache_specs, whole, whole),
+        out_specs=(whole, cache_specs),
+        check_vma=False,
+    )
+    formats = _formats(cache_specs, mesh)
+    compiled = jax.jit(
+        mapped,
+        in_shardings=(_formats(weights, mesh), formats, own, own),
+        out_shardings=(own, formats),
+        donate_argnums=(1,),
+    )
+    return compiled.lower(program.model.abstract_params(), cache, *given)
+
+
+def argument_bytes(job: Job, sizes: dict[str, int]) -> int:
+    """Returns the bytes of weights, cache and tokens on one device: the sum of its shards."""
+    program = job.program(sizes)
+    total = 0
+    for _, leaf in named_parameters(program.model.module()):
+        shape = leaf.get_value().shape
+        cuts = job.phase.cuts(leaf.axes, shape, sizes)
+        pieces = math.prod(sizes[axis] for cut in cuts for axis in cut)
+        total += math.prod(shape) * dtype_bytes(job.dtype) // pieces
+    local = jax.eval_shape(partial(_empty, job, program))
+    total += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(local))
+    return total + 4 * job.batch * (job.length + 1)
+
+
+def _decode(program: Program, params: Any, cache: Any, tokens: Any, positions: Any) -> Any:
+    return decode_step(program, params, tokens, positions, cache)
+
+
+def _prefill(program: Program, params: Any, cache: Any, tokens: Any, lengths: Any) -> Any:
+    return prefill(program, params, Prompts(tokens, lengths), cache)
+
+
+def _weight_specs(program: Program, phase: PhaseLayout, sizes: dict[str, int]) -> Any:
+    flat = []
+    for path, leaf in named_parameters(program.model.module()):
+        cuts = phase.cuts(leaf.axes, leaf.get_value().shape, sizes)
+        flat.append((path, PartitionSpec(*(cut or None for cut in cuts))))
+    return tree_of(flat)
+
+
+def _empty(job: Job, program: Program) -> SlabCache | DenseCache:
+    """Returns the cache of one device."""
+    declare, comm = program.model.declare, program.comm
+    if job.store is Store.SLAB:
+        return SlabCache.create(job.config, job.batch, job.slots, declare, comm)
+    return DenseCache.create(job.config, job.batch, job.slots, declare, comm, program.kernels)
+
+
+def _cache(job: Job, program: Program) -> tuple[Any, Any]:
+    """Returns (the cache of all devices as shapes, its specs).
+
+    A device's part is a shard of a larger array: rows over the axes of the tokens, heads over those
+    of the features, each with its own copy where heads are copied. A page table is the same for
+    all, as every device counts its own rows.
+    """
+    local = jax.eval_shape(partial(_empty, job, program))
+    assert isinstance(program.comm, MeshComm)
+    lies, sizes = program.comm.placement(Stage.QUERY), dict(program.comm.sizes)
+    rows = 1 if job.store is Store.SLAB else 0
+    entries = [None] * rows + [lies.tokens or None, lies.features or None]
+
+    def spec(leaf: Any) -> PartitionSpec:
+        return PartitionSpec(*entries) if leaf.ndim > 2 else PartitionSpec()
+
+    def whole(leaf: Any) -> Any:
+        shape = list(leaf.shape)
+        for dim, axes in enumerate(spec(leaf)):
+            shape[dim] *= math.prod(sizes[axis] for axis in axes or ())
+        return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+
+    return jax.tree.map(whole, local), jax.tree.map(spec, local)
+
+
+def _formats(specs: Any, mesh: Mesh) -> Any:
+    """Returns shardings whose layout in memory is the compiler's choice."""
+    return jax.tree.map(
+        lambda spec: (
+            Format(Layout.AUTO, NamedSharding(mesh, spec))
+            if len(spec)
+            else NamedSharding(mesh, spec)
+        ),
+        specs,
+        is_leaf=lambda spec: isinstance(spec, PartitionSpec),
+    )
