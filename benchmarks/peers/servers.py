@@ -26,6 +26,7 @@ from benchmarks.peers.vllm_cpu import KV_CACHE_GIB, find_tcmalloc
 
 ROOT = Path(__file__).parents[2]
 START_S = 600.0
+POLL_S = 0.25
 STOP_S = 30.0
 RESUME_S = 1.0
 """How long a server that was stopped gets to find its feet."""
@@ -88,7 +89,7 @@ class ServerProcess:
             try:
                 urllib.request.urlopen(self.url + self.ready_path, timeout=2).close()
             except (urllib.error.URLError, OSError):
-                time.sleep(0.1)
+                time.sleep(POLL_S)
             else:
                 return time.perf_counter() - began
         raise ServerError(f"{self.name} was not ready after {START_S:g} s; see {self.log}")
