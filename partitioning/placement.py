@@ -117,15 +117,15 @@ def moves(source: Placement, target: Placement, mesh_axes: Collection[str] = AXE
         else:
             for axes in _nested(tuple(reversed(run)), is_whole(run), inner_first=True):
                 found.append(Move(Kind.ALL_GATHER, axes, Dim.TOKENS))
-    # Out of the features to nowhere.
+    # Out of the features to nowhere; sums first, while there is less to sum.
     stay = {*target.features, *target.tokens}
+    if summed := tuple(axis for axis in source.partial if axis not in stay):
+        found.append(Move(Kind.ALL_REDUCE, summed))
     leaving = [axis for axis in reversed(features) if axis not in stay]
     if leaving:
         _drop(features, leaving)
         for axes in _nested(tuple(reversed(leaving)), is_whole(leaving), inner_first=True):
             found.append(Move(Kind.ALL_GATHER, axes, Dim.FEATURES))
-    if summed := tuple(axis for axis in source.partial if axis not in stay):
-        found.append(Move(Kind.ALL_REDUCE, summed))
     # Into the tokens, then into the features, outermost first.
     arriving = [axis for axis in target.tokens if axis not in tokens]
     for state, run in _runs(arriving, lambda axis: _state(axis, features, source.partial)):
