@@ -6,9 +6,9 @@
     sum(one.wire_bytes(sizes) for one in sent if one.where is Where.LAYER)
 
 It applies the moves that `MeshComm` carries out to shapes, so nothing is fitted and no layout is
-named here. Convention: bytes that a chip receives are (K-1)/K times the full tensor, over K devices:
-the result of an all-gather, the operand of a reduce-scatter or an all-to-all, and twice the tensor
-of an all-reduce. Split over axes, such figures add up to that of the whole. No JAX.
+named here. Convention: over K devices, the bytes that one receives are (K-1)/K times the full
+tensor: the result of an all-gather, the operand of a reduce-scatter or an all-to-all, and twice the
+tensor of an all-reduce. Split over axes, such figures add up to that of the whole. No JAX.
 
 Source: Pope et al. 2022, section 3 and appendix A.1.
 """

@@ -149,19 +149,23 @@ def _instruction(raw: str) -> Instruction | None:
     name, equals, rest = raw.strip().removeprefix("ROOT ").partition(" = ")
     if not equals or not name.startswith("%"):
         return None
-    depth = 0
-    for end, char in enumerate(rest):
-        depth += (char in "([{") - (char in ")]}")
-        if char == " " and not depth:
-            break
-    else:
-        return None
+    end = _type_end(rest)
     op, _, arguments = rest[end + 1 :].partition("(")
     inside, _, attributes = arguments.partition(")")
     kept = f"{inside}){attributes}" if op == "parameter" else attributes
     return Instruction(
         name[1:], op, tuple(shapes(rest[:end])), tuple(_OPERAND.findall(inside)), kept
     )
+
+
+def _type_end(text: str) -> int:
+    """Returns where the type ends that a line begins with: at a space outside of all brackets."""
+    depth = 0
+    for place, char in enumerate(text):
+        depth += (char in "([{") - (char in ")]}")
+        if char == " " and not depth:
+            return place
+    return len(text)
 
 
 def shapes(text: str) -> Iterator[Shape]:

@@ -78,12 +78,17 @@ class SlabCache:
         new = [jnp.swapaxes(x.reshape(batch, length, *x.shape[1:]), 1, 2) for x in (k, v)]
         old = self.keys[layer.index], self.values[layer.index]
         if length == 1:
-            arrays = [_written(x, layer.turn, self.positions[:, 0], y) for x, y in zip(old, new)]
+            arrays = [
+                _written(x, layer.turn, self.positions[:, 0], y)
+                for x, y in zip(old, new, strict=True)
+            ]
             read = [lax.dynamic_index_in_dim(x, layer.turn, 0, False) for x in arrays]
         else:
             zero = jnp.zeros((), jnp.int32)
             start = layer.turn, zero, zero, zero, zero
-            arrays = [lax.dynamic_update_slice(x, y[None], start) for x, y in zip(old, new)]
+            arrays = [
+                lax.dynamic_update_slice(x, y[None], start) for x, y in zip(old, new, strict=True)
+            ]
             read = new
         slots = jnp.arange(read[0].shape[2], dtype=jnp.int32)[None, :]
         out = kernels.attention(
