@@ -3,6 +3,7 @@
 import asyncio
 import re
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -32,7 +33,7 @@ def names(kind: type[msgspec.Struct]) -> set[str]:
 def test_every_route_is_described_and_every_described_route_exists():
     async def routes() -> set[str]:
         async with fake_service() as service:
-            made = create_app(service, ServerOptions()).routes
+            made: list[Any] = list(create_app(service, ServerOptions()).routes)
         return {
             f"{'POST' if 'POST' in route.methods else 'GET'} {route.path.replace(':path', '')}"
             for route in made

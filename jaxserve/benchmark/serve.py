@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from jaxserve.benchmark.metrics import Record, Slo
 from jaxserve.benchmark.serve_report import ClientCost, RateRun, ServeResult
-from jaxserve.benchmark.serve_target import CallError, RefusedError, Target, TargetFacts
+from jaxserve.benchmark.serve_target import Askable, CallError, RefusedError, Target, TargetFacts
 from jaxserve.benchmark.trace import TraceRequest, TraceSpec, make_trace
 from jaxserve.errors import UsageError
 
@@ -111,7 +111,7 @@ async def measure(
 
 
 async def offer(
-    target: Target, trace: Sequence[TraceRequest], concurrency: int | None = None
+    target: Askable, trace: Sequence[TraceRequest], concurrency: int | None = None
 ) -> tuple[list[Record], int, ClientCost]:
     """Returns what became of each request, how many were refused, and what asking cost."""
     records = [Record(request.due_s, len(request.prompt)) for request in trace]

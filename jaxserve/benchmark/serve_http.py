@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -90,7 +90,7 @@ class Answer:
     head: Head
     done: bool = False
 
-    async def pieces(self) -> AsyncIterator[bytes]:
+    async def pieces(self) -> AsyncGenerator[bytes]:
         """Yields the body as it comes."""
         reader, headers = self.connection.reader, self.head.headers
         if headers.get("transfer-encoding", "").lower() == "chunked":
@@ -114,7 +114,7 @@ class Answer:
         """Returns the body."""
         return b"".join([piece async for piece in self.pieces()])
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes]:
         """Yields the data of each server-sent event; comments and other fields are left out."""
         rest = b""
         async for piece in self.pieces():

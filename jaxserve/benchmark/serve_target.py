@@ -44,15 +44,19 @@ class TargetFacts:
     counted: str
 
 
-class Target(Protocol):
+class Askable(Protocol):
+    """What takes requests."""
+
+    async def call(self, request: TraceRequest, record: Record, clock: Note) -> None:
+        """Sends a request and notes the arrival of its tokens; raises CallError."""
+        ...
+
+
+class Target(Askable, Protocol):
     """One server, asked through one protocol."""
 
     async def prepare(self) -> TargetFacts:
         """Returns what the server can do, after a request or two; raises CallError."""
-        ...
-
-    async def call(self, request: TraceRequest, record: Record, clock: Note) -> None:
-        """Sends a request and notes the arrival of its tokens; raises CallError."""
         ...
 
     async def close(self) -> None:
