@@ -15,6 +15,8 @@ from starlette.responses import HTMLResponse, Response
 
 _PAGE = Path(__file__).with_name("page.html")
 
+_INT64_MAX = 2**63 - 1
+
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.55 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto;
@@ -24,7 +26,8 @@ code, .method { font-family: ui-monospace, monospace; font-size: .9em; }
 .method { font-weight: 700; margin-right: .5rem; }
 table { border-collapse: collapse; width: 100%; margin: .6rem 0; font-size: .9rem; }
 td { border-top: 1px solid #8884; padding: .25rem .6rem .25rem 0; vertical-align: top; }
-td:first-child { width: 15rem; }
+td:first-child { width: 34%; overflow-wrap: anywhere; }
+td:nth-child(2) { width: 34%; }
 .soft { opacity: .7; }
 """
 
@@ -43,7 +46,9 @@ def reference_page(schema: Mapping[str, Any]) -> Response:
     )
     title = html.escape(f"{schema['info']['title']} {schema['info']['version']}")
     return _page(
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title>"
         f'<link rel="icon" href="data:,"><style>{_STYLE}</style><h1>{title}</h1>'
         '<p>The same for programs: <a href="openapi.json">openapi.json</a>.</p>'
         f"{routes}</html>"
@@ -80,8 +85,10 @@ def _kind(schema: Mapping[str, Any]) -> str:
     kind = str(schema.get("type", "any"))
     low = schema.get("minimum", schema.get("exclusiveMinimum"))
     high = schema.get("maximum", schema.get("exclusiveMaximum"))
-    if low is not None or high is not None:
-        kind += f" {'' if low is None else low} to {'' if high is None else high}".rstrip(" to")
+    if high == _INT64_MAX:
+        return "int64"
+    if low is not None:
+        kind += f" from {low}" if high is None else f" {low} to {high}"
     if kind == "array" and "items" in schema:
         kind += f" of {_kind(schema['items'])}"
     return kind
