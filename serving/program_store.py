@@ -1,14 +1,15 @@
-"""Compiled steps on disk, found again without tracing them.
+"""Traced steps on disk, found again without tracing them.
 
-    store = ProgramStore.of(parts)                       # None where nothing may be kept
-    compiled = store.load("decode of 8 rows", in_tree, out_tree)
-    store.save("decode of 8 rows", compiled)
+    store = ProgramStore.of(parts, device)               # None where nothing may be kept
+    exported = store.load("decode of 8 rows") or store.save("decode of 8 rows", trace())
+    jax.jit(exported.call).lower(*arguments).compile()
 
-JAX's own cache of compiled programs is keyed by the program, which has to be traced and lowered
-first; for a small model that is most of a warm start. Here the key is everything that a program
-follows from: our sources, versions, device, options of JAX, and the model.
+JAX's own cache of compiled programs is keyed by the lowered program, which has to be traced first;
+for a small model that is most of a warm start. Here the key is everything that a program follows
+from: our sources, versions, device, options of JAX, and the model. What is kept is the portable
+form of `jax.export`, which JAX checks as it reads it.
 
-A stored program is code. The folder is used only where it belongs to this user alone.
+The folder is used only where it belongs to this user alone.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ import platform
 import re
 from collections.abc import Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jaxlib
-from jax.experimental import serialize_executable
+from jax import export
 
 import jaxserve
 from jaxserve import compile_cache
@@ -41,12 +43,10 @@ class ProgramStore:
 
     Args:
         folder: private to this user.
-        device: where the programs run.
     """
 
-    def __init__(self, folder: Path, device: jax.Device) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._device = device
 
     @classmethod
     def of(cls, parts: Sequence[str], device: jax.Device) -> Self | None:
@@ -55,6 +55,8 @@ class ProgramStore:
         Args:
             parts: what they follow from besides sources, versions and device.
         """
+        if find_spec("flatbuffers") is None:  # an optional part of JAX's export
+            return None
         if jax.config.jax_compilation_cache_dir is None or not compile_cache.wanted():
             return None
         root = Path(jax.config.jax_compilation_cache_dir).parent / "programs"
@@ -67,9 +69,9 @@ class ProgramStore:
         except OSError as error:
             _log.warning("programs cannot be kept in %s: %s", root, error)
             return None
-        return cls(root / name, device)
+        return cls(root / name)
 
-    def load(self, name: str, in_tree: Any, out_tree: Any) -> Any:
+    def load(self, name: str) -> export.Exported | None:
         """Returns a program that was saved under a name; None if there is none that works here."""
         path = self._path(name)
         try:
@@ -80,25 +82,27 @@ class ProgramStore:
         if hashlib.sha256(payload).digest() != digest:  # a write that was cut short
             return None
         try:
-            found = serialize_executable.deserialize_and_load(
-                payload, in_tree, out_tree, self._device.client, [self._device]
-            )
+            found = export.deserialize(bytearray(payload))
             path.touch()
-        except Exception as error:  # whatever a runtime has against it, compiling still works
+        except Exception as error:  # whatever JAX has against it, tracing still works
             _log.warning("a stored program cannot be used: %s", error)
             return None
         return found
 
-    def save(self, name: str, compiled: Any) -> None:
-        """Keeps a program; where that is not possible the next start compiles again."""
+    def save(self, name: str, exported: export.Exported) -> export.Exported:
+        """Returns a program as a later start will find it.
+
+        Where it cannot be kept, the next start traces again.
+        """
         path = self._path(name)
         try:
-            payload, _, _ = serialize_executable.serialize(compiled)
+            payload = bytes(exported.serialize())
             partial = path.with_suffix(f".{os.getpid()}")
             partial.write_bytes(hashlib.sha256(payload).digest() + payload)
             partial.replace(path)
-        except (OSError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        except (OSError, ValueError) as error:
             _log.warning("a program cannot be kept: %s", error)
+        return exported
 
     def prune(self) -> None:
         """Removes the programs that were not used for longest, of all stores beside this one."""

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax import export
 
 from jaxserve.errors import JaxserveError
 from jaxserve.layers.decoder import Params
@@ -162,6 +163,8 @@ class ModelRunner:
         self._report = report
         self._strict = strict
         self._ready = False
+        self._traced: ProgramStore | None = None
+        self._results: Any = None
         self._executables: dict[Any, Any] = {}
         self._shapes = jax.eval_shape(self._empty)
         self.reset()
@@ -231,27 +234,24 @@ class ModelRunner:
         """
         keys = [key for key in self._keys() if key not in self._executables]
         advance(self.num_executables - len(keys))
-        store = self._store()
-        trees = None if store is None else self._step_trees()
+        self._traced = self._store()
+        if self._traced is not None:  # all steps give the same tree
+            step, arguments = self._step(min(self.ladder.shapes(), key=lambda s: s.num_tokens))
+            self._results = jax.tree.structure(jax.eval_shape(step, *arguments))
 
         def ready(key: Any) -> None:
-            if store is None or trees is None or not isinstance(key, StepShape):
-                self._compile(key)
-            elif (found := store.load(_label(key), *trees)) is not None:
-                self._executables[key] = found
-            else:
-                self._compile(key)
-                store.save(_label(key), self._executables[key])
+            self._compile(key)
             advance(1)
 
         with ThreadPoolExecutor(max_workers=_COMPILERS) as threads:
             list(threads.map(ready, keys))
-        if store is not None:
-            store.prune()
+        if self._traced is not None:
+            self._traced.prune()
+        self._traced = None
         self._ready = True
 
     def _store(self) -> ProgramStore | None:
-        """Returns where the steps of this runner are kept; of one device only."""
+        """Returns where the steps of this runner are kept, traced; of one device only."""
         devices = {d for a in jax.tree.leaves(self.params) for d in _devices_of(a)}
         if len(devices) != 1:
             return None
@@ -261,13 +261,6 @@ class ModelRunner:
         parts += [self.num_slots, self._history_tokens]
         parts += [(jax.tree_util.keystr(path), leaf) for path, leaf in shapes]
         return ProgramStore.of([repr(part) for part in parts], devices.pop())
-
-    def _step_trees(self) -> tuple[Any, Any]:
-        """Returns the trees of arguments and results, which all steps share."""
-        shape = min(self.ladder.shapes(), key=lambda s: (s.num_tokens, s.num_rows))
-        step, arguments = self._step(shape)
-        results = jax.tree.structure(jax.eval_shape(step, *arguments))
-        return jax.tree.structure((arguments, {})), results
 
     def compile_largest(self) -> None:
         """Compiles the step with the most tokens, which needs the most memory."""
@@ -368,6 +361,10 @@ class ModelRunner:
         pages, state = self._shapes
         if isinstance(key, StepShape):
             step, arguments = self._step(key)
+            if (store := self._traced) is not None:
+                name = _label(key)
+                traced = store.load(name) or store.save(name, _exported(step, arguments))
+                step = _called(traced, self._results)
             return jax.jit(step, donate_argnums=(1, 2)).lower(*arguments)
         if key == "admit":
             slots = np.zeros(ADMITTED_AT_ONCE, np.int32)
@@ -394,6 +391,25 @@ _COMPILERS = 4
 
 def _shapes_of(tree: Any) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+
+
+def _exported(step: Any, arguments: Sequence[Any]) -> export.Exported:
+    """Returns the portable form of a step, from the leaves of its arguments to its results'."""
+    leaves, tree = jax.tree.flatten(tuple(arguments))
+
+    def flat(*leaves: Any) -> list[Any]:
+        return jax.tree.leaves(step(*jax.tree.unflatten(tree, leaves)))
+
+    return export.export(jax.jit(flat))(*leaves)
+
+
+def _called(exported: export.Exported, results: Any) -> Any:
+    """Returns the step of a portable form; `results` is the tree of what it gives."""
+
+    def step(*arguments: Any) -> Any:
+        return jax.tree.unflatten(results, exported.call(*jax.tree.leaves(arguments)))
+
+    return step
 
 
 def _devices_of(leaf: Any) -> list[jax.Device]:

@@ -1,14 +1,18 @@
-"""Compiled steps that a second start finds on disk."""
+"""Traced steps that a second start finds on disk."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax import export
 
 from jaxserve.layers.decoder import Params
 from jaxserve.serving import program_store
+from jaxserve.serving import runner as runner_module
 from jaxserve.serving.build import ModelEngine
 from jaxserve.serving.generation import Program
 from jaxserve.serving.options import EngineOptions
@@ -29,12 +33,30 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     jax.config.update("jax_compilation_cache_dir", before)
 
 
-def warmed(program: Program, params: Params) -> tuple[ModelEngine, list[str]]:
-    """Returns an engine with every program ready, and what had to be compiled."""
-    compiled: list[str] = []
-    made = ModelEngine.create(program, params, OPTIONS, lambda what, seconds: compiled.append(what))
+class Count:
+    """Counts how many steps are traced."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.traced = 0
+        exported = runner_module._exported
+
+        def counted(*args: Any) -> Any:
+            self.traced += 1
+            return exported(*args)
+
+        monkeypatch.setattr(runner_module, "_exported", counted)
+
+
+@pytest.fixture
+def count(monkeypatch: pytest.MonkeyPatch) -> Count:
+    return Count(monkeypatch)
+
+
+def warmed(program: Program, params: Params) -> ModelEngine:
+    """Returns an engine with every program ready."""
+    made = ModelEngine.create(program, params, OPTIONS)
     made.runner.warm_up()
-    return made, compiled
+    return made
 
 
 def tokens(made: ModelEngine) -> list[int]:
@@ -46,35 +68,39 @@ def tokens(made: ModelEngine) -> list[int]:
     return [token for event in events for token in event.token_ids]
 
 
-def test_a_second_start_compiles_no_step_and_gives_the_same_tokens(
-    cache: Path, program: Program, params: Params
+def test_a_second_start_traces_no_step_and_gives_the_same_tokens(
+    cache: Path, program: Program, params: Params, count: Count
 ) -> None:
-    first, compiled = warmed(program, params)
-    assert sum(what.startswith("step") for what in compiled) == len(first.runner.ladder.shapes())
-    second, compiled = warmed(program, params)
-    assert not any(what.startswith("step") for what in compiled)
-    assert tokens(second) == tokens(first)
-    assert len(tokens(second)) == 12
+    first = warmed(program, params)
+    steps = len(first.runner.ladder.shapes())
+    assert count.traced == steps
+    second = warmed(program, params)
+    assert count.traced == steps
+    found = tokens(second)
+    assert found == tokens(first)
+    assert len(found) == 12
     assert second.runner.compiles_after_ready == 0
+    untraced = ModelEngine.create(program, params, OPTIONS)  # compiles on first use
+    assert tokens(untraced) == found
 
 
-def test_a_damaged_program_is_compiled_again(cache: Path, program: Program, params: Params) -> None:
-    first, _ = warmed(program, params)
-    (folder,) = cache.iterdir()
-    for path in folder.iterdir():
-        path.write_bytes(path.read_bytes()[:-1])
-    second, compiled = warmed(program, params)
-    assert sum(what.startswith("step") for what in compiled) == len(first.runner.ladder.shapes())
-    assert tokens(second) == tokens(first)
+def test_a_damaged_program_is_not_used(cache: Path) -> None:
+    store = ProgramStore.of(["model"], jax.devices()[0])
+    assert store is not None
+    store.save("double", export.export(jax.jit(lambda x: 2 * x))(jnp.zeros(3)))
+    found = store.load("double")
+    assert found is not None
+    assert found.call(jnp.ones(3)).tolist() == [2, 2, 2]
+    path = store._path("double")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert store.load("double") is None
+    assert store.load("another") is None
 
 
-def test_a_folder_that_others_may_write_to_is_not_used(
-    cache: Path, program: Program, params: Params
-) -> None:
-    warmed(program, params)
+def test_a_folder_that_others_may_write_to_is_not_used(cache: Path) -> None:
+    assert ProgramStore.of(["model"], jax.devices()[0]) is not None
     cache.chmod(0o777)
-    _, compiled = warmed(program, params)
-    assert any(what.startswith("step") for what in compiled)
+    assert ProgramStore.of(["model"], jax.devices()[0]) is None
 
 
 @pytest.mark.usefixtures("cache")
