@@ -32,6 +32,7 @@ from jaxserve.layers.param import (
     Init,
     Orientation,
     named_parameters,
+    padded,
     tree_of,
 )
 from jaxserve.layers.runtime import Runtime
@@ -49,7 +50,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, declare: Declare) -> None:
         self.config = config
-        embed, vocab = Axis("embed", config.embed_dim), Axis("vocab", config.vocab_size)
+        embed, vocab = Axis("embed", config.embed_dim), declare.vocab(config.vocab_size)
         self.embedding = declare.table(vocab, embed)
         self.turns = config.num_layers // len(config.pattern) if declare.stack else None
         repeated = config.pattern if declare.stack else config.layers
@@ -99,7 +100,8 @@ class Decoder(nnx.Module):
         """Returns float32[R, V] of the stage `target` for hidden[R, embed] at `Stage.ENDS`."""
         table = self.embedding if self.head is None else self.head.values
         y = kernels.matmul(hidden, table[...], 1, Orientation.OUT_IN.value, jnp.dtype("float32"))
-        y = comm.move(y, Stage.SCORED, target)
+        # No target has the vocabulary cut, so its padding ends here.
+        y = comm.move(y, Stage.SCORED, target)[:, : self.config.vocab_size]
         if self.config.logits_scale is not None:
             y = y * self.config.logits_scale
         if self.config.logits_soft_cap is not None:
@@ -114,6 +116,12 @@ class Model:
 
     config: ModelConfig
     declare: Declare
+
+    @property
+    def turns(self) -> int:
+        """Returns how often a stored layer is run: 1, or the turns of layers that repeat."""
+        config = self.config
+        return config.num_layers // len(config.pattern) if self.declare.stack else 1
 
     def module(self) -> Decoder:
         """Returns the declared decoder, its parameters abstract."""
@@ -131,7 +139,9 @@ class Model:
         """Returns fresh random parameters: normal with variance 1/fan-in, embeddings 0.02."""
         flat = []
         for index, (path, leaf) in enumerate(named_parameters(self.module())):
-            shape, dtype = leaf.get_value().shape, leaf.get_value().dtype
+            dtype, logical = leaf.get_value().dtype, leaf.logical
+            copies = leaf.get_value().shape[: -len(logical)]
+            shape = copies + tuple(axis.real for axis in logical)
             match leaf.init:
                 case Init.ZEROS:
                     value = jnp.zeros(shape, dtype)
@@ -141,7 +151,7 @@ class Model:
                     std = 0.02 if leaf.init is Init.EMBED else leaf.fan_in**-0.5
                     noise = jax.random.normal(jax.random.fold_in(key, index), shape)
                     value = (noise * std).astype(dtype)
-            flat.append((path, value))
+            flat.append((path, padded(value, logical)))
         return tree_of(flat)
 
 

@@ -9,6 +9,7 @@ the next. On one device nothing lies on a mesh: `LocalComm`. `MeshComm` runs ins
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -72,6 +73,16 @@ class Comm(Protocol):
         """Returns the part of [T, ...], which every device holds whole, for a stage."""
         ...
 
+    @property
+    def num_shards(self) -> int:
+        """Returns how many parts of a batch are attended to apart, each with its own cache."""
+        ...
+
+    @property
+    def token_multiple(self) -> int:
+        """Returns what divides the tokens of a shard's step."""
+        ...
+
     def rows(self, batch: int) -> int:
         """Returns how many of a batch's sequences one device attends to."""
         ...
@@ -129,6 +140,16 @@ class LocalComm:
     def tokens(self, x: Array, stage: Stage) -> Array:
         """Returns x."""
         return x
+
+    @property
+    def num_shards(self) -> int:
+        """Returns 1."""
+        return 1
+
+    @property
+    def token_multiple(self) -> int:
+        """Returns 1."""
+        return 1
 
     def rows(self, batch: int) -> int:
         """Returns the batch."""
@@ -241,6 +262,18 @@ class MeshComm:
         """Returns the rows of all devices, given those of one at `Stage.SAMPLED`."""
         axes = self.placement(Stage.SAMPLED).tokens
         return lax.all_gather(x, axes, axis=0, tiled=True) if axes else x
+
+    @property
+    def num_shards(self) -> int:
+        """Returns how many parts of a batch are attended to apart, each with its own cache."""
+        return self._count(self.placement(Stage.QUERY).tokens)
+
+    @property
+    def token_multiple(self) -> int:
+        """Returns what divides the tokens of a shard's step."""
+        stages = (Stage.RESIDUAL, Stage.HIDDEN, Stage.QUERY)
+        most = max(self._count(self.placement(stage).tokens) for stage in stages)
+        return most // math.gcd(most, self.num_shards)
 
     def rows(self, batch: int) -> int:
         """Returns how many of a batch's sequences one device attends to.

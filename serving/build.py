@@ -21,6 +21,7 @@ from jaxserve.serving.options import (
     DEFAULT_KV_BYTES,
     EngineOptions,
     history_tokens,
+    of_one_shard,
     scheduler_config,
     size_cache,
 )
@@ -50,7 +51,9 @@ class ModelEngine:
         room = options.kv_bytes or _room_on_device(program, params, options, device_memory())
         runner = _runner(program, params, options, room, report)
         context = program.model.config.max_context_tokens
-        scheduling = scheduler_config(options, runner.geometry, context)
+        shards = program.comm.num_shards
+        each = of_one_shard(options, shards)
+        scheduling = scheduler_config(each, runner.geometry, context, shards)
         return cls(Engine(runner, scheduling), runner)
 
     def update(self, params: Params) -> None:
@@ -72,13 +75,16 @@ def _runner(
     kv_bytes: int,
     report: CompileReport | None = None,
 ) -> ModelRunner:
-    config = program.model.config
+    """Returns the runner of a pool of `kv_bytes` on each device."""
+    shards = program.comm.num_shards
+    each = of_one_shard(options, shards)
+    config = program.device_config
     return ModelRunner(
         program,
         params,
-        size_cache(config, options, program.model.declare.dtype, kv_bytes),
-        Ladder.of(options.max_step_tokens, options.max_sequences),
-        options.max_sequences,
+        size_cache(config, each, program.model.declare.dtype, kv_bytes),
+        Ladder.of(each.max_step_tokens, each.max_sequences, program.token_multiple),
+        shards * each.max_sequences,
         history_tokens(config),
         report,
         options.strict,

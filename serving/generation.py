@@ -11,6 +11,7 @@ that a loop on the host drives when tokens are wanted as they come.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import jax
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh
 
+from jaxserve.config import ModelConfig
 from jaxserve.errors import UsageError
 from jaxserve.layers.cache import DenseCache, NoCache
 from jaxserve.layers.decoder import Model, Params, forward
@@ -54,6 +56,20 @@ class Program:
         sizes = tuple(mesh.shape.items())
         comms = MeshComm(decode, sizes), MeshComm(prefill, sizes)
         return cls(model, comms[0], kernels, comms[1], mesh, decode)
+
+    @property
+    def device_config(self) -> ModelConfig:
+        """Returns the model as one device's cache sees it, with the heads that it attends to."""
+        config = self.model.config
+        layers = (
+            replace(layer, attention=self.comm.local(layer.attention)) for layer in config.layers
+        )
+        return replace(config, layers=tuple(layers))
+
+    @property
+    def token_multiple(self) -> int:
+        """Returns what divides the tokens of a shard's step, of either phase."""
+        return math.lcm(self.comm.token_multiple, (self.prefill or self.comm).token_multiple)
 
     def of(self, decode_only: bool) -> Program:
         """Returns the program of a step, whose `comm` is that of its phase."""

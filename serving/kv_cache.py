@@ -1,7 +1,7 @@
 """The pool of KV pages on the device, and the cache that one step sees of it.
 
-    pool = KVPool.create(config, geometry, "bfloat16", kernels)
-    cache = PagedCache(pool.layers, batch views ..., geometry)               # inside a step
+    pages = create_pool(model, geometry, kernels)
+    cache = PagedCache(pages, batch views ..., geometry)               # inside a step
     output, cache = forward(model, params, step, cache, comm, kernels, rows)
 
 A sequence has one page table per cache group; layers of a group share it. How keys and values lie
@@ -15,11 +15,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxserve.config import AttentionSpec, CacheSpec, ModelConfig
+from jaxserve.config import AttentionSpec, CacheSpec
 from jaxserve.layers.cache import At
+from jaxserve.layers.decoder import Model
 from jaxserve.layers.step import Step
 from jaxserve.pallas_kernels import KernelSet
 
@@ -76,12 +78,15 @@ class CacheGeometry:
         return next(i for i, group in enumerate(self.groups) if layer in group.layers)
 
 
-def create_pool(config: ModelConfig, geometry: CacheGeometry, kernels: KernelSet) -> list[Pages]:
-    """Returns empty pages, one entry per layer."""
-    pages: list[Pages] = [None] * config.num_layers
+def create_pool(model: Model, geometry: CacheGeometry, kernels: KernelSet) -> list[Pages]:
+    """Returns empty pages, one entry per layer; of layers that repeat, one per layer of a turn."""
+    layers = model.config.num_layers // model.turns
+    pages: list[Pages] = [None] * layers
     for group in geometry.groups:
         for layer in group.layers:
-            pages[layer] = kernels.init_pages(group.num_pages, geometry.page_size, group.spec)
+            if layer < layers:
+                number = model.turns * group.num_pages
+                pages[layer] = kernels.init_pages(number, geometry.page_size, group.spec)
     return pages
 
 
@@ -174,13 +179,21 @@ def copy_pages(
     kernels: KernelSet,
 ) -> list[Pages]:
     """Returns the pool with pages int32[C] of one group copied, in all of its layers."""
-    after = list(pages)
-    for layer in geometry.groups[group].layers:
-        after[layer] = kernels.copy_pages(after[layer], source, destination)
+    after, limits = list(pages), geometry.groups[group]
+    for layer in limits.layers:
+        if layer < len(pages):
+            turns = len(jax.tree.leaves(after[layer])[0]) // limits.num_pages
+            shift = jnp.arange(turns, dtype=jnp.int32)[:, None] * limits.num_pages
+            pairs = ((x[None, :] + shift).reshape(-1) for x in (source, destination))
+            after[layer] = kernels.copy_pages(after[layer], *pairs)
     return after
 
 
 def padded_copies(pairs: Sequence[tuple[int, int]], size: int) -> tuple[Any, Any]:
-    """Returns (source, destination) int32[size]; padding repeats the first pair."""
-    source, destination = zip(*pairs, *[pairs[0]] * (size - len(pairs)), strict=True)
+    """Returns (source, destination) int32[size]; padding repeats the first pair.
+
+    Without pairs a page is copied onto itself.
+    """
+    first = pairs[0] if pairs else (0, 0)
+    source, destination = zip(*pairs, *[first] * (size - len(pairs)), strict=True)
     return np.array(source, np.int32), np.array(destination, np.int32)

@@ -10,7 +10,7 @@ What is not set follows from the model and the device.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.config import CacheGroup, ModelConfig
@@ -74,6 +74,13 @@ class EngineOptions:
             raise UsageError(f"max_in_flight={self.max_in_flight} must be at least 1")
 
 
+def of_one_shard(options: EngineOptions, num_shards: int) -> EngineOptions:
+    """Returns the options of one of the shards among which sequences are divided evenly."""
+    sequences = -(-options.max_sequences // num_shards)
+    tokens = max(16, sequences + 1, -(-options.max_step_tokens // num_shards))
+    return replace(options, max_sequences=sequences, max_step_tokens=tokens)
+
+
 def size_cache(
     config: ModelConfig, options: EngineOptions, dtype: str, kv_bytes: int
 ) -> CacheGeometry:
@@ -134,9 +141,12 @@ def _group(group: CacheGroup, tokens: int, context: int, options: EngineOptions)
 
 
 def scheduler_config(
-    options: EngineOptions, geometry: CacheGeometry, max_context_tokens: int | None
+    options: EngineOptions,
+    geometry: CacheGeometry,
+    max_context_tokens: int | None,
+    num_shards: int = 1,
 ) -> SchedulerConfig:
-    """Returns the scheduler's view of an engine."""
+    """Returns the scheduler's view of an engine, whose sequences live in so many shards."""
     policy: Any = options.policy
     return SchedulerConfig(
         page_size=geometry.page_size,
@@ -144,6 +154,7 @@ def scheduler_config(
             GroupLimits(g.num_pages, g.spec.window, g.spec.sink_tokens) for g in geometry.groups
         ),
         num_slots=options.max_sequences,
+        num_shards=num_shards,
         max_step_tokens=options.max_step_tokens,
         max_context_tokens=max_context_tokens,
         max_in_flight=options.max_in_flight,

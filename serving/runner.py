@@ -11,11 +11,11 @@ slots stay on the device. The host mirrors the page tables and sends each step t
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -24,12 +24,22 @@ from jax import export
 
 from jaxserve.errors import JaxserveError
 from jaxserve.layers.decoder import Params
-from jaxserve.serving.batch import Ladder, StepShape, pack
+from jaxserve.partitioning.layout import Stage
+from jaxserve.serving.batch import Ladder, StepShape, by_shard, pack, part_of
 from jaxserve.serving.generation import Program
 from jaxserve.serving.kv_cache import CacheGeometry, copy_pages, create_pool, padded_copies
 from jaxserve.serving.program_store import ProgramStore
 from jaxserve.serving.request import Request, TokenLogprob
 from jaxserve.serving.scheduler import Admission, RowKind, StepPlan
+from jaxserve.serving.sharded import (
+    BY_DEVICE,
+    EVERYWHERE,
+    abstract,
+    own,
+    param_specs,
+    shown,
+    spread,
+)
 from jaxserve.serving.slot_state import (
     NUM_COLUMNS,
     Needs,
@@ -117,6 +127,14 @@ class StepResult:
 
 
 @dataclass(frozen=True)
+class _Places:
+    """Where a plan's rows and their first tokens are in a step of several shards."""
+
+    rows: list[int]
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
 class Ticket:
     """A step under way."""
 
@@ -124,6 +142,7 @@ class Ticket:
     plan: StepPlan
     needs: Needs
     following: list[list[int]]
+    places: _Places | None = None
 
 
 class CompiledLateError(JaxserveError):
@@ -167,6 +186,7 @@ class ModelRunner:
         self._results: Any = None
         self._executables: dict[Any, Any] = {}
         self._shapes = jax.eval_shape(self._empty)
+        self._param_specs = EVERYWHERE if program.mesh is None else param_specs(program)
         self.reset()
 
     def reset(self) -> None:
@@ -179,8 +199,15 @@ class ModelRunner:
 
     def _empty(self) -> tuple[Any, SlotState]:
         """Returns an empty pool and empty slots."""
-        pool = create_pool(self.program.model.config, self.geometry, self.program.kernels)
-        return pool, SlotState.create(self.num_slots, self._history_tokens)
+        program = self.program
+
+        def create() -> tuple[Any, SlotState]:
+            pool = create_pool(program.model, self.geometry, program.kernels)
+            return shown(program, pool), SlotState.create(self.num_slots, self._history_tokens)
+
+        if program.mesh is None:
+            return create()
+        return jax.jit(spread(program, create, (), (BY_DEVICE, EVERYWHERE)))()
 
     def dispatch(self, plan: StepPlan) -> Ticket:
         """Returns a ticket for the plan's results, without waiting for them."""
@@ -192,20 +219,43 @@ class ModelRunner:
                 slots, columns, pages = zip(*writes, strict=True)
                 self._tables[group][slots, columns] = pages
         for group, copies in enumerate(plan.copies):
-            self._copy(group, [(source, destination) for _, source, destination in copies])
+            self._copy(group, copies)
         wanted = Needs(int(np.bitwise_or.reduce(self._needs[plan.slots])))
         following: list[list[int]] = []
         last: list[int] = []
         if wanted & Needs.PROMPT_LOGPROBS:
             following = [self._following(plan, row) for row in range(len(plan.slots))]
             last = [tokens[-1] if tokens else 0 for tokens in following]
-        shape = self.ladder.fit(sum(plan.counts), len(plan.slots))
-        packed = pack(plan, shape, self._tables, wanted, last)
+        shape, packed, places = self._packed(plan, wanted, last)
         step = self._executable(shape)
         output, *after = step(self.params, *self._arrays, packed)
         self._arrays = after[0], after[1]
         output.tokens.copy_to_host_async()
-        return Ticket(output, plan, wanted, following)
+        return Ticket(output, plan, wanted, following, places)
+
+    def _packed(
+        self, plan: StepPlan, wanted: Needs, last: list[int]
+    ) -> tuple[StepShape, np.ndarray, _Places | None]:
+        """Returns (shape, the plan in one array, where its rows are; None: in its order)."""
+        shards = self.program.comm.num_shards
+        if shards == 1:
+            shape = self.ladder.fit(sum(plan.counts), len(plan.slots))
+            return shape, pack(plan, shape, self._tables, wanted, last), None
+        rows = by_shard(plan, shards, self.num_slots // shards)
+        most_rows = max(map(len, rows))
+        tokens = max(sum(plan.counts[row] for row in members) for members in rows)
+        single = all(count == 1 for count in plan.counts)
+        shape = self.ladder.fit(most_rows if single else max(tokens, most_rows + 1), most_rows)
+        places = _Places([0] * len(plan.slots), [0] * len(plan.slots))
+        parts = []
+        for shard, members in enumerate(rows):
+            after = [last[row] for row in members] if last else []
+            parts.append(pack(part_of(plan, members), shape, self._tables, wanted, after))
+            token = shard * shape.num_tokens
+            for index, row in enumerate(members):
+                places.rows[row], places.tokens[row] = shard * shape.num_rows + index, token
+                token += plan.counts[row]
+        return shape, np.concatenate(parts), places
 
     def collect(self, ticket: Ticket) -> StepResult:
         """Returns the results, once they are there."""
@@ -213,12 +263,16 @@ class ModelRunner:
         ready = time.perf_counter()
         plan = ticket.plan
         rows = [row for row, kind in enumerate(plan.kinds) if kind != RowKind.CHUNK]
-        found = tokens[: len(rows)] if len(rows) == len(plan.slots) else tokens[rows]
+        lie = rows if ticket.places is None else [ticket.places.rows[row] for row in rows]
+        in_order = ticket.places is None and len(rows) == len(plan.slots)
+        found = tokens[: len(rows)] if in_order else tokens[lie]
         logprobs = None
         if ticket.needs & (Needs.LOGPROBS | Needs.PROMPT_LOGPROBS):
             starts = np.cumsum([0, *plan.counts]).tolist()
+            if ticket.places is not None:
+                starts = ticket.places.tokens
             host = jax.device_get(ticket.output)
-            logprobs = StepLogprobs(host, rows, starts, ticket.following)
+            logprobs = StepLogprobs(host, lie, starts, ticket.following)
         return StepResult(found.tolist(), ready, logprobs=logprobs)
 
     def update(self, params: Params) -> None:
@@ -270,12 +324,14 @@ class ModelRunner:
 
     @property
     def array_bytes(self) -> dict[str, int]:
-        """Returns the bytes of what stays on the device: weights, pages and slots."""
+        """Returns the bytes of what stays on one device: weights, pages and slots."""
         pages, state = self._shapes
-        trees = {"weights": self.params, "pages": pages, "slots": state}
+        mesh = self.program.mesh
+        devices = 1 if mesh is None else mesh.size
         return {
-            name: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
-            for name, tree in trees.items()
+            "weights": sum(map(_bytes_on_device, jax.tree.leaves(self.params))),
+            "pages": sum(map(_bytes_on_device, jax.tree.leaves(pages))) // devices,
+            "slots": sum(map(_bytes_on_device, jax.tree.leaves(state))),
         }
 
     @property
@@ -327,9 +383,12 @@ class ModelRunner:
         pages, state = self._arrays
         self._arrays = pages, self._executable(key)(state, *uploads)
 
-    def _copy(self, group: int, pairs: Sequence[tuple[int, int]]) -> None:
-        for at in range(0, len(pairs), COPIED_AT_ONCE):
-            some = padded_copies(pairs[at : at + COPIED_AT_ONCE], COPIED_AT_ONCE)
+    def _copy(self, group: int, copies: Sequence[tuple[int, int, int]]) -> None:
+        shards = range(self.program.comm.num_shards)
+        pairs = [[(a, b) for shard, a, b in copies if shard == one] for one in shards]
+        for at in range(0, max(map(len, pairs)), COPIED_AT_ONCE):
+            each = [padded_copies(p[at : at + COPIED_AT_ONCE], COPIED_AT_ONCE) for p in pairs]
+            some = [np.concatenate(side) for side in zip(*each, strict=True)]
             assert self._arrays is not None
             pages, state = self._arrays
             self._arrays = self._executable(("copy", group))(pages, *some), state
@@ -352,13 +411,31 @@ class ModelRunner:
 
     def _step(self, shape: StepShape) -> tuple[Any, tuple[Any, ...]]:
         """Returns the function of a step and the shapes of its arguments."""
-        packed = jax.ShapeDtypeStruct((shape.size(self.geometry.widths),), np.int32)
-        step = partial(serving_step, self.program, shape, self.geometry)
-        return step, (_shapes_of(self.params), *self._shapes, packed)
+        program = self.program
+        size = program.comm.num_shards * shape.size(self.geometry.widths)
+        packed = jax.ShapeDtypeStruct((size,), np.int32)
+
+        def step(params: Params, pages: Any, state: SlotState, packed: Any) -> Any:
+            output, pages, state = serving_step(
+                program, shape, self.geometry, params, own(program, pages), state, packed
+            )
+            return output, shown(program, pages), state
+
+        specs = (self._param_specs, BY_DEVICE, EVERYWHERE, EVERYWHERE)
+        pages, state = self._shapes
+        arguments = (
+            abstract(program, self.params, self._param_specs),
+            abstract(program, pages, BY_DEVICE),
+            abstract(program, state),
+            abstract(program, packed),
+        )
+        return spread(program, step, specs, (EVERYWHERE, BY_DEVICE, EVERYWHERE)), arguments
 
     def _lowered(self, key: Any) -> Any:
         """Returns the program of a key, lowered from shapes alone."""
+        program = self.program
         pages, state = self._shapes
+        pages, state = abstract(program, pages, BY_DEVICE), abstract(program, state)
         if isinstance(key, StepShape):
             step, arguments = self._step(key)
             if (store := self._traced) is not None:
@@ -376,17 +453,27 @@ class ModelRunner:
             slots = np.zeros(1, np.int32)
             return jax.jit(admit_vocabulary, donate_argnums=0).lower(state, slots, one)
         _, group = key
-        indices = jax.ShapeDtypeStruct((COPIED_AT_ONCE,), np.int32)
+        indices = jax.ShapeDtypeStruct((program.comm.num_shards * COPIED_AT_ONCE,), np.int32)
+        indices = abstract(program, indices)
 
-        def copy(pages: Any, source: jax.Array, destination: jax.Array) -> Any:
-            kernels = self.program.kernels
-            return copy_pages(pages, self.geometry, group, source, destination, kernels)
+        def copy(pages: Any, *pairs: jax.Array) -> Any:
+            mine = (program.comm.tokens(x, Stage.QUERY) for x in pairs)
+            held = own(program, pages)
+            return shown(program, copy_pages(held, self.geometry, group, *mine, program.kernels))
 
-        return jax.jit(copy, donate_argnums=0).lower(pages, indices, indices)
+        run = spread(program, copy, (BY_DEVICE, EVERYWHERE, EVERYWHERE), BY_DEVICE)
+        return jax.jit(run, donate_argnums=0).lower(pages, indices, indices)
 
 
 _COMPILERS = 4
 """Threads that compile; XLA's compiler runs outside Python's lock."""
+
+
+def _bytes_on_device(leaf: Any) -> int:
+    """Returns the bytes of an array, or of a shape, on each device that holds a part of it."""
+    sharding = getattr(leaf, "sharding", None)
+    shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize
 
 
 def _shapes_of(tree: Any) -> Any:

@@ -47,6 +47,31 @@ def param_specs(program: Program) -> Any:
     )
 
 
+def own(program: Program, tree: Any) -> Any:
+    """Returns one device's entry of arrays that lie `BY_DEVICE`; inside `spread`."""
+    return tree if program.mesh is None else jax.tree.map(lambda x: x[0], tree)
+
+
+def shown(program: Program, tree: Any) -> Any:
+    """Returns arrays as the one entry of a device; inside `spread`."""
+    return tree if program.mesh is None else jax.tree.map(lambda x: x[None], tree)
+
+
+def abstract(program: Program, tree: Any, specs: Any = EVERYWHERE) -> Any:
+    """Returns shapes and dtypes of arrays that lie as `specs` say, one spec or a tree of them."""
+    mesh = program.mesh
+    if mesh is None:
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+    if isinstance(specs, PartitionSpec):
+        one = specs
+        specs = jax.tree.map(lambda _: one, tree)
+    return jax.tree.map(
+        lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)),
+        tree,
+        specs,
+    )
+
+
 def shardings(mesh: Mesh, specs: Any) -> Any:
     """Returns specs as shardings on a mesh."""
     is_spec: Callable[[Any], bool] = lambda x: isinstance(x, PartitionSpec)  # noqa: E731

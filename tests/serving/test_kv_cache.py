@@ -18,7 +18,7 @@ def test_the_pool_takes_the_memory_that_the_geometry_says(program: Program) -> N
     config = program.model.config
     geometry = size_cache(config, OPTIONS, "float32", 30_000)
     assert geometry.num_bytes <= 30_000
-    pool = create_pool(config, geometry, program.kernels)
+    pool = create_pool(program.model, geometry, program.kernels)
     for layer, pages in enumerate(pool):
         group = geometry.groups[geometry.group_of(layer)]
         assert all(leaf.shape[0] == group.num_pages for leaf in jax.tree.leaves(pages))
@@ -68,7 +68,7 @@ def test_the_scheduler_gets_the_same_sizes(program: Program) -> None:
 
 def test_copies_touch_one_group_and_read_before_they_write(program: Program) -> None:
     geometry = size_cache(program.model.config, OPTIONS, "float32", 20_000)
-    pool = create_pool(program.model.config, geometry, program.kernels)
+    pool = create_pool(program.model, geometry, program.kernels)
     marked = [
         jax.tree.map(lambda x: x + jnp.arange(len(x)).reshape(-1, *[1] * (x.ndim - 1)), pages)
         for pages in pool
