@@ -5,12 +5,15 @@ from typing import Any
 
 import grpc
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from jaxserve.client import Client, Retries
 from jaxserve.serving.fake_runner import FakeRule
 from jaxserve.serving.fake_service import CONTEXT, VOCAB_SIZE, byte_tokenizer
 from jaxserve.serving.request import SamplingParams
 from jaxserve.serving.rpc.fake_server import FakeServer, fake_server
+from jaxserve.serving.rpc.inference import SERVICE
 from jaxserve.serving.rpc.protos import inference_pb2 as pb
 
 RULE = FakeRule(VOCAB_SIZE)
@@ -277,3 +280,40 @@ def test_the_id_of_the_metadata_names_calls_in_the_log(channel: grpc.Channel):
 
 def test_an_unknown_method_is_unimplemented(channel: grpc.Channel):
     assert refusal(channel, b"", "Train").code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+WELL_FORMED = (
+    pb.GenerateRequest(text="a", sampling=SAMPLING(max_tokens=2, stop=["x"], logit_bias={3: 1.0})),
+    pb.GenerateRequest(messages=pb.Messages(messages=[pb.Message(role="user", content="a")])),
+    pb.ScoreRequest(tokens=pb.Tokens(ids=[1, 2, 3]), num_top=2),
+    pb.AbortRequest(request_ids=["a", "b"]),
+)
+METHODS = [method.name for method in SERVICE.methods]
+CALLERS_FAULT = {
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.OUT_OF_RANGE,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> bytes:
+    """Draws a message with some of its bytes changed, taken out or doubled."""
+    body = bytearray(draw(st.sampled_from(WELL_FORMED)).SerializeToString())
+    for _ in range(draw(st.integers(0, 4))):
+        place = draw(st.integers(0, max(0, len(body) - 1)))
+        body[place : place + draw(st.integers(0, 2))] = draw(st.binary(max_size=3))
+    return bytes(body)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(method=st.sampled_from(METHODS), body=st.one_of(damaged(), st.binary(max_size=40)))
+def test_whatever_bytes_come_are_answered_or_refused(
+    channel: grpc.Channel, method: str, body: bytes
+):
+    call = channel.unary_stream(f"/jaxserve.v1.Inference/{method}")
+    try:
+        list(call(body, timeout=60))
+    except grpc.RpcError as refused:
+        assert refused.code() in CALLERS_FAULT, refused.details()  # pyright: ignore

@@ -1,14 +1,16 @@
 """A request lives as long as its call: cancels, deadlines, slow readers, crowds, drains."""
 
+import asyncio
+import subprocess
+import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
 import pytest
 
-from jaxserve.client import Client, Retries, Stream
+from jaxserve.client import AsyncClient, Client, Retries, Stream
 from jaxserve.errors import DeadlineError, GenerationError, QueueFullError, UnavailableError
 from jaxserve.serving.fake_runner import FakeRule
 from jaxserve.serving.fake_service import VOCAB_SIZE
@@ -131,21 +133,34 @@ def test_a_slow_reader_delays_nobody_and_loses_nothing():
         assert sum(len(chunk.logprobs) for chunk in chunks) == 500
 
 
-def test_many_streams_run_side_by_side():
+def test_a_client_that_dies_gives_its_pages_back():
+    with fake_server(step_s=0.01) as server:
+        total = server.free_pages
+        command = [sys.executable, "-m", "jaxserve.client", "abc", "--max-tokens", "500"]
+        with subprocess.Popen([*command, "--target", server.target]) as client:
+            until(lambda: server.free_pages < total)
+            client.kill()
+        until(lambda: server.free_pages == total)
+
+
+def test_a_thousand_streams_run_side_by_side():
     pool = (GroupLimits(num_pages=4096),)
+
+    async def read_all(target: str) -> list[list[int]]:
+        async def read(index: int) -> list[int]:
+            prompt = [index % 250, index // 250, 7]
+            stream = client.stream(prompt, max_tokens=20, temperature=0.0, ignore_eos=True)
+            return [token async for chunk in stream for token in chunk.token_ids]
+
+        async with AsyncClient(target, retries=ONCE) as client:
+            return await asyncio.gather(*map(read, range(1000)))
+
     with fake_server(num_slots=64, max_step_tokens=512, groups=pool) as server:
         total = server.free_pages
-
-        def read(index: int) -> list[int]:
-            prompt = [index % 250, index // 250, 7]
-            stream = client.stream(prompt, max_tokens=40, temperature=0.0, ignore_eos=True)
-            return [token for chunk in stream for token in chunk.token_ids]
-
-        with Client(server.target, retries=ONCE) as client, ThreadPoolExecutor(40) as threads:
-            answers = list(threads.map(read, range(400)))
+        answers = asyncio.run(read_all(server.target))
         rule, greedy = FakeRule(VOCAB_SIZE), SamplingParams(temperature=0.0)
         for index, tokens in enumerate(answers):
-            assert tokens == rule.continue_prompt([index % 250, index // 250, 7], greedy, 40)
+            assert tokens == rule.continue_prompt([index % 250, index // 250, 7], greedy, 20)
         assert server.free_pages == total
 
 
