@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
 
-from jaxserve.serving.fake_service import fake_service
+from jaxserve.serving.fake_service import fake_service, remote_fake
 from jaxserve.serving.rpc.server import create_server, listen
 from jaxserve.serving.server_options import ServerOptions
-from jaxserve.serving.service import LocalService
+from jaxserve.serving.supervisor import RemoteService
 
 T = TypeVar("T")
 
@@ -30,11 +30,12 @@ class FakeServer:
 
     Attributes:
         port: that it listens on, at 127.0.0.1.
-        service: what it stands on, which belongs to the server's thread.
+        service: what it stands on, a `LocalService` or `RemoteService` that belongs to the server's
+            thread.
     """
 
     port: int
-    service: LocalService
+    service: Any
     server: grpc.aio.Server
     loop: asyncio.AbstractEventLoop
 
@@ -53,11 +54,26 @@ class FakeServer:
         return self.run(self.service.load()).free_pages
 
 
+@asynccontextmanager
+async def _remote(**fields: Any) -> AsyncIterator[RemoteService]:
+    service = remote_fake(**fields)
+    await service.start()
+    try:
+        yield service
+    finally:
+        await service.stop()
+
+
 @contextmanager
 def fake_server(
-    options: ServerOptions | None = None, step_s: float = 0.0, **changes: Any
+    options: ServerOptions | None = None, *, remote: bool = False, **fields: Any
 ) -> Iterator[FakeServer]:
-    """Yields a server; other arguments as `fake_service`."""
+    """Yields a server.
+
+    Args:
+        remote: the engine has a process of its own.
+        fields: as of `fake_service.fake_engine`.
+    """
     options = options or ServerOptions(model_name="fake", grpc_port=0)
     loop = asyncio.new_event_loop()
     started: list[FakeServer] = []
@@ -66,7 +82,7 @@ def fake_server(
     over = asyncio.Event()
 
     async def serve() -> None:
-        async with fake_service(step_s, **changes) as service:
+        async with _remote(**fields) if remote else fake_service(**fields) as service:
             server = create_server(service, options)
             port = listen(server, options)
             await server.start()

@@ -5,7 +5,7 @@ from typing import Any
 
 import grpc
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.client import Client, Retries
@@ -307,7 +307,7 @@ def damaged(draw: st.DrawFn) -> bytes:
     return bytes(body)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, deadline=None)
 @given(method=st.sampled_from(METHODS), body=st.one_of(damaged(), st.binary(max_size=40)))
 def test_whatever_bytes_come_are_answered_or_refused(
     channel: grpc.Channel, method: str, body: bytes
