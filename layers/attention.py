@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -21,9 +22,10 @@ class Attention(nnx.Module):
     """Multi-head, grouped or multi-query attention over a cache."""
 
     def __init__(self, spec: AttentionSpec, embed: Axis, declare: Declare) -> None:
-        self.spec = spec
-        heads, kv_heads = Axis("heads", spec.num_heads), Axis("kv_heads", spec.num_kv_heads)
+        self.spec = declare.attention(spec)
+        heads, kv_heads = declare.heads(spec)
         head = Axis("head", spec.head_dim)
+        self.heads = heads
         self.qkv = declare.group(
             (embed,), spec.qkv_bias, q=(heads, head), k=(kv_heads, head), v=(kv_heads, head)
         )
@@ -54,9 +56,18 @@ class Attention(nnx.Module):
         with jax.named_scope("attend"):
             slopes = None
             if self.spec.alibi is not None:
-                slopes = run.comm.vector(alibi_slopes(self.spec.num_heads), Stage.QUERY)
+                slopes = run.comm.vector(_slopes(self.heads), Stage.QUERY)
             spec = run.comm.local(self.spec)
             heads, cache = cache.attend(layer, q, k, v, spec, run.kernels, sink_q, slopes)
         with jax.named_scope("out"):
             heads = run.comm.move(heads, Stage.QUERY, Stage.CONTRACTED)
             return linear(heads, self.out, run.comm, run.kernels), cache
+
+
+def _slopes(heads: Axis) -> np.ndarray:
+    """Returns float32[N], ALiBi's slope of each head, 0 for those that pad."""
+    found = np.zeros(heads.size, np.float32)
+    real = alibi_slopes(heads.real)
+    for start, source, length in heads.spans():
+        found[start : start + length] = real[source : source + length]
+    return found

@@ -157,7 +157,8 @@ class DenseCache:
         table = jnp.arange(batch * width, dtype=jnp.int32).reshape(batch, width)
         turns = config.num_layers // len(config.pattern) if declare.stack else 1
         layers = config.pattern if declare.stack else config.layers
-        specs = (cache_spec(comm.local(layer.attention), declare.dtype) for layer in layers)
+        own = (comm.local(declare.attention(layer.attention)) for layer in layers)
+        specs = (cache_spec(spec, declare.dtype) for spec in own)
         pages = tuple(kernels.init_pages(turns * table.size, PAGE_SIZE, spec) for spec in specs)
         return cls(pages, table)
 

@@ -22,7 +22,7 @@ def linear(
     """
     if adapters is not None:
         raise ValueError("adapters are not supported; pass adapters=None")
-    values = comm.weight(weight.values[...], weight.stored)
+    values = comm.weight(weight.values[...], [(a.name, a.size) for a in weight.stored])
     return kernels.matmul(x, values, len(weight.inputs), weight.orientation.value, x.dtype)
 
 

@@ -19,7 +19,7 @@ class Mlp(nnx.Module):
 
     def __init__(self, spec: MlpSpec, embed: Axis, declare: Declare) -> None:
         self.spec = spec
-        ffn = Axis("ffn", spec.ffn_dim)
+        ffn = declare.ffn(spec.ffn_dim)
         members = {"gate": (ffn,), "up": (ffn,)} if spec.gated else {"up": (ffn,)}
         self.hidden = declare.group((embed,), spec.bias, **members)
         self.down = declare.weight((ffn,), (embed,), spec.bias)

@@ -23,13 +23,43 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
+
+from jaxserve.config import AttentionSpec
+from jaxserve.errors import UsageError
+from jaxserve.partitioning.padding import Padding
+
+
+class Runs(NamedTuple):
+    """Where an axis holds something: `count` runs, `stride` apart, each `real` long.
+
+    The rest is zeros, so that the axis divides over a mesh: MLP features have one run, query
+    heads one for each group.
+    """
+
+    count: int
+    real: int
+    stride: int
 
 
 class Axis(NamedTuple):
-    """A logical axis: a word such as "embed", and its size."""
+    """A logical axis: a word such as "embed", its size, and where it is not padded, if it is."""
 
     name: str
     size: int
+    runs: Runs | None = None
+
+    @property
+    def real(self) -> int:
+        """Returns the size without padding."""
+        return self.size if self.runs is None else self.runs.count * self.runs.real
+
+    def spans(self) -> list[tuple[int, int, int]]:
+        """Returns (start, start without padding, length) of each run."""
+        if self.runs is None:
+            return [(0, 0, self.size)]
+        count, real, stride = self.runs
+        return [(i * stride, i * real, real) for i in range(count)]
 
 
 Axes = tuple[Axis, ...]
@@ -52,7 +82,10 @@ class Init(StrEnum):
 
 
 class Parameter(nnx.Param):
-    """An nnx parameter that knows its logical axes (`axes`) and initialiser (`init`)."""
+    """An nnx parameter that knows its logical axes and its initialiser.
+
+    `axes` names every dimension; `logical` has the axes themselves, without that of the layers.
+    """
 
 
 class Weight(nnx.Module):
@@ -71,7 +104,7 @@ class Weight(nnx.Module):
         self.orientation = orientation = declare.orientation
         out_first = orientation is Orientation.OUT_IN
         self.stored = outputs + inputs if out_first else inputs + outputs
-        self.values = declare.parameter(self.stored, Init.FAN_IN, fan_in=size_of(inputs))
+        self.values = declare.parameter(self.stored, Init.FAN_IN, fan_in=_real_size_of(inputs))
         self.scales: Parameter | None = None
         self.bias = declare.parameter(outputs, Init.ZEROS) if bias else None
 
@@ -114,6 +147,7 @@ class Declare:
         stack: layers that repeat lie in one array per parameter, and one program serves them all;
             otherwise each has its own, and the compiler sees every layer.
         copies: length of that array, while a repeated layer is declared.
+        padding: sizes that divide over a mesh; None keeps the model's own.
     """
 
     dtype: str = "float32"
@@ -121,12 +155,40 @@ class Declare:
     fuse: bool = False
     stack: bool = False
     copies: int | None = None
+    padding: Padding | None = None
+
+    def __post_init__(self) -> None:
+        if self.fuse and self.padding is not None:
+            raise UsageError("fuse=True joins weights that a mesh cuts apart; use fuse=False on it")
 
     @classmethod
     def best(cls, platform: str, dtype: str) -> Declare:
         """Returns how one device of `platform` ("cpu", "gpu", "tpu") stores weights best."""
         on_cpu = platform == "cpu"
         return cls(dtype, Orientation.OUT_IN if on_cpu else Orientation.IN_OUT, fuse=True)
+
+    def ffn(self, size: int) -> Axis:
+        """Returns the axis of an MLP's features."""
+        return _padded("ffn", size, size if self.padding is None else self.padding.ffn(size))
+
+    def vocab(self, size: int) -> Axis:
+        """Returns the axis of the vocabulary."""
+        return _padded("vocab", size, size if self.padding is None else self.padding.vocab(size))
+
+    def heads(self, spec: AttentionSpec) -> tuple[Axis, Axis]:
+        """Returns the axes of the heads of queries, and of those of keys and values."""
+        run, kv_heads = self.attention(spec), spec.num_kv_heads
+        if run == spec:
+            return Axis("heads", spec.num_heads), Axis("kv_heads", kv_heads)
+        keys = _padded("kv_heads", kv_heads, run.num_kv_heads)
+        group, stride = (s.num_heads // s.num_kv_heads for s in (spec, run))
+        if group == stride:
+            return _padded("heads", spec.num_heads, run.num_heads), keys
+        return Axis("heads", run.num_heads, Runs(kv_heads, group, stride)), keys
+
+    def attention(self, spec: AttentionSpec) -> AttentionSpec:
+        """Returns the attention that is computed, its heads padded."""
+        return spec if self.padding is None else self.padding.attention(spec)
 
     def weight(self, inputs: Axes, outputs: Axes, bias: bool = False) -> Weight:
         """Returns a declared linear map."""
@@ -146,15 +208,48 @@ class Declare:
 
     def parameter(self, axes: Axes, init: Init, fan_in: int = 1) -> Parameter:
         """Returns a parameter with shape, dtype, axes and initialiser, and no values."""
+        logical = axes
         if self.copies is not None:
             axes = (Axis("layers", self.copies), *axes)
         value = jax.ShapeDtypeStruct(tuple(a.size for a in axes), jnp.dtype(self.dtype))
-        return Parameter(value, axes=tuple(a.name for a in axes), init=init, fan_in=fan_in)
+        names = tuple(a.name for a in axes)
+        return Parameter(value, axes=names, logical=logical, init=init, fan_in=fan_in)
 
 
 def size_of(axes: Axes) -> int:
     """Returns the number of features that `axes` span."""
     return math.prod(a.size for a in axes)
+
+
+def _real_size_of(axes: Axes) -> int:
+    return math.prod(a.real for a in axes)
+
+
+def _padded(name: str, real: int, size: int) -> Axis:
+    """Returns an axis with `size - real` zeros at its end."""
+    return Axis(name, size) if size == real else Axis(name, size, Runs(1, real, size))
+
+
+def padded(values: Array, axes: Axes) -> Array:
+    """Returns values, of the axes' sizes without padding, with zeros where the axes have them.
+
+    Args:
+        axes: of the last dimensions; those before stay as they are.
+    """
+    first = values.ndim - len(axes)
+    for dim, axis in enumerate(axes, first):
+        if axis.runs is None:
+            continue
+        count, real, stride = axis.runs
+        shape = values.shape
+        split = values.reshape(*shape[:dim], count, real, *shape[dim + 1 :])
+        pad = [(0, 0)] * split.ndim
+        pad[dim + 1] = (0, stride - real)
+        joined = jnp.pad(split, pad).reshape(*shape[:dim], count * stride, *shape[dim + 1 :])
+        pad = [(0, 0)] * joined.ndim
+        pad[dim] = (0, axis.size - count * stride)
+        values = jnp.pad(joined, pad)
+    return values
 
 
 def named_parameters(module: nnx.Module) -> Iterator[tuple[tuple[str | int, ...], Parameter]]:

@@ -13,6 +13,8 @@ NumPy is several times slower at that.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import product
 
 import jax
 import numpy as np
@@ -20,6 +22,7 @@ import numpy as np
 from jaxserve.checkpoint.stored import Piece, Stored
 from jaxserve.checkpoint.tensors import Index, Reader
 from jaxserve.errors import CheckpointError
+from jaxserve.layers.param import Axis
 
 # XLA on CPU adopts memory with this alignment.
 _ALIGNMENT = 64
@@ -53,19 +56,49 @@ def host_values(stored: Stored, reader: Reader, index: Index) -> np.ndarray:
     """Returns a slice of the stored form: a view, in stored order, of a buffer of its own."""
     canonical = stored.canonical(index)
     buffer = aligned(tuple(part.stop - part.start for part in canonical), stored.dtype)
-    if stored.fused:
-        _fill_rows(buffer, stored, reader, canonical)
+    if stored.padded:
+        buffer[...] = 0
+    if stored.turns is None:
+        _fill(buffer, stored, 0, reader, canonical)
     else:
-        name = stored.pieces[0].name
-        _cast(buffer, reader.read(name, canonical), reader, name)
+        turns, inner = canonical[0], canonical[1:]
+        for turn in range(turns.start, turns.stop):
+            _fill(buffer[turn - turns.start], stored, turn, reader, inner)
     return buffer.transpose(stored.order)
 
 
-def _fill_rows(buffer: np.ndarray, stored: Stored, reader: Reader, canonical: Index) -> None:
+def _fill(buffer: np.ndarray, stored: Stored, turn: int, reader: Reader, canonical: Index) -> None:
+    """Fills buffer with a slice of the canonical form of one turn, but for its zeros."""
+    pieces = stored.of_turn(turn)
+    if stored.fused:
+        _fill_rows(buffer, pieces, reader, canonical)
+        return
+    (piece,) = pieces
+    axes = stored.outputs + stored.inputs
+    overlaps = (_overlaps(axis, part) for axis, part in zip(axes, canonical, strict=True))
+    for parts in product(*overlaps):
+        here, there = tuple(part[0] for part in parts), tuple(part[1] for part in parts)
+        _cast(buffer[here], reader.read(piece.name, there), reader, piece.name)
+
+
+def _overlaps(axis: Axis, part: slice) -> list[tuple[slice, slice]]:
+    """Returns where a slice of an axis holds something: within the slice, and in the checkpoint."""
+    found: list[tuple[slice, slice]] = []
+    for start, real, length in axis.spans():
+        first, last = max(part.start, start), min(part.stop, start + length)
+        if first < last:
+            here = slice(first - part.start, last - part.start)
+            found.append((here, slice(first - start + real, last - start + real)))
+    return found
+
+
+def _fill_rows(
+    buffer: np.ndarray, pieces: Sequence[Piece], reader: Reader, canonical: Index
+) -> None:
     """Fills buffer[rows, *inputs] from the pieces whose flattened outputs lie in these rows."""
     rows, inputs = canonical[0], canonical[1:]
     start = 0
-    for piece in stored.pieces:
+    for piece in pieces:
         stop = start + math.prod(piece.outputs)
         first, last = max(rows.start, start), min(rows.stop, stop)
         if first < last:

@@ -1,7 +1,8 @@
 """How the parameters of a model are made of the weights of a checkpoint.
 
 A checkpoint has *logical* weights: one array each, outputs first, named "layers.3.attention.q".
-A model *stores* them as its backend likes: inputs first, or several in one array.
+A model *stores* them as its backend likes: inputs first, several in one array, those of layers
+that repeat in one array, or with zeros between and behind so that they divide over a mesh.
 
     for stored in stored_parameters(model):
         stored.path        # ("layers", 3, "attention", "qkv", "fused", "values")
@@ -17,7 +18,7 @@ from typing import Any, cast
 from flax import nnx
 
 from jaxserve.checkpoint.tensors import Index
-from jaxserve.layers.decoder import Model
+from jaxserve.layers.decoder import Decoder, Model
 from jaxserve.layers.param import (
     Axes,
     Orientation,
@@ -55,14 +56,16 @@ class Stored:
 
     Its *canonical* form has outputs first: the one piece as it is, or, fused, the pieces with
     their outputs flattened, end to end: [rows, *inputs]. The stored form may turn inputs first.
+    Of layers that repeat there is one canonical form for each turn, and the turns come first.
 
     Attributes:
         path: its place in the tree of parameters.
         shape, dtype, axes: of the stored form; axes are logical.
-        pieces: the logical weights it is made of.
+        pieces: the logical weights it is made of, turn by turn.
         fused: several weights in one array.
-        num_outputs: leading dimensions of the canonical form that are outputs.
+        outputs, inputs: axes of the canonical form.
         inputs_first: the stored form has inputs first (a vector has none).
+        turns: layers that lie in it; None where it is of one layer, or of none.
     """
 
     path: TreePath
@@ -71,13 +74,20 @@ class Stored:
     axes: tuple[str, ...]
     pieces: tuple[Piece, ...]
     fused: bool
-    num_outputs: int
+    outputs: Axes
+    inputs: Axes
     inputs_first: bool
+    turns: int | None = None
 
     @property
     def nbytes(self) -> int:
-        """Returns the bytes of the array."""
+        """Returns the bytes of the array, zeros that pad it included."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def padded(self) -> bool:
+        """Returns whether some of the array is no weight of the checkpoint."""
+        return any(axis.runs is not None for axis in self.outputs + self.inputs)
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -85,7 +95,9 @@ class Stored:
         dims = tuple(range(len(self.shape)))
         if not self.inputs_first:
             return dims
-        return dims[self.num_outputs :] + dims[: self.num_outputs]
+        first = 0 if self.turns is None else 1
+        end = first + len(self.outputs)
+        return dims[:first] + dims[end:] + dims[first:end]
 
     def canonical(self, index: Index) -> Index:
         """Returns an index of the stored form as one of the canonical form, starts and stops set.
@@ -99,6 +111,11 @@ class Stored:
             found[dim] = slice(start, stop)
         return tuple(found)
 
+    def of_turn(self, turn: int) -> tuple[Piece, ...]:
+        """Returns the logical weights of one turn."""
+        count = len(self.pieces) // (self.turns or 1)
+        return self.pieces[turn * count : (turn + 1) * count]
+
 
 def stored_parameters(model: Model) -> list[Stored]:
     """Returns every parameter of the model, in the order of its tree."""
@@ -106,22 +123,36 @@ def stored_parameters(model: Model) -> list[Stored]:
     return [_stored(module, path, leaf) for path, leaf in named_parameters(module)]
 
 
-def _stored(module: nnx.Module, path: TreePath, leaf: Parameter) -> Stored:
+def _stored(module: Decoder, path: TreePath, leaf: Parameter) -> Stored:
     value = leaf.get_value()
     owners = _owners(module, path)
-    pieces = _pieces(path, owners, value.shape)
     weight = owners[-1] if isinstance(owners[-1], Weight) else None
-    fused = len(path) > 1 and path[-2] == "fused"
+    in_layer = path[0] == "layers"
+    turns = module.turns if in_layer else None
+    names = [path]
+    if turns is not None:
+        names = [_in_turn(path, turn, len(module.layers)) for turn in range(turns)]
+    outputs, inputs = leaf.logical, ()
+    if weight is not None:
+        outputs, inputs = weight.outputs, weight.inputs if path[-1] == "values" else ()
     return Stored(
         path=path,
         shape=tuple(value.shape),
         dtype=value.dtype,
         axes=tuple(leaf.axes),
-        pieces=pieces,
-        fused=fused,
-        num_outputs=1 if fused else len(pieces[0].outputs),
+        pieces=tuple(piece for name in names for piece in _pieces(name, owners, outputs, inputs)),
+        fused=len(path) > 1 and path[-2] == "fused",
+        outputs=outputs,
+        inputs=inputs,
         inputs_first=weight is not None and weight.orientation is Orientation.IN_OUT,
+        turns=turns,
     )
+
+
+def _in_turn(path: TreePath, turn: int, num_layers: int) -> TreePath:
+    """Returns the path that a repeated layer's parameter has where every layer has its own."""
+    _, index, *rest = path
+    return ("layers", turn * num_layers + int(index), *rest)
 
 
 def _owners(module: nnx.Module, path: TreePath) -> list[Any]:
@@ -136,22 +167,21 @@ def _owners(module: nnx.Module, path: TreePath) -> list[Any]:
     return owners
 
 
-def _pieces(path: TreePath, owners: list[Any], shape: tuple[int, ...]) -> tuple[Piece, ...]:
+def _pieces(path: TreePath, owners: list[Any], outputs: Axes, inputs: Axes) -> tuple[Piece, ...]:
     """Returns the logical weights of the parameter at `path`."""
-    weight = owners[-1]
-    if not isinstance(weight, Weight):
-        return (Piece(_dotted(path), tuple(shape)),)
+    if not isinstance(owners[-1], Weight):
+        return (Piece(_dotted(path), _sizes(outputs)),)
     assert path[-1] in ("values", "bias"), path
-    suffix, inputs = ((), _sizes(weight.inputs)) if path[-1] == "values" else (("bias",), ())
+    suffix = () if path[-1] == "values" else ("bias",)
     groups = [i for i, owner in enumerate(owners) if isinstance(owner, WeightGroup)]
     if not groups:
-        return (Piece(_dotted(path[:-1] + suffix), _sizes(weight.outputs), inputs),)
+        return (Piece(_dotted(path[:-1] + suffix), _sizes(outputs), _sizes(inputs)),)
     # A group has no name of its own in a checkpoint: layers.0.attention.(qkv.separate.)q
     group, prefix = owners[groups[0]], path[: groups[0] - 1]
-    held = group.members if group.fused is not None else [(path[-2], weight.outputs)]
+    held = group.members if group.fused is not None else [(path[-2], outputs)]
     return tuple(
-        Piece(_dotted((*prefix, member, *suffix)), _sizes(outputs), inputs)
-        for member, outputs in held
+        Piece(_dotted((*prefix, member, *suffix)), _sizes(axes), _sizes(inputs))
+        for member, axes in held
     )
 
 
@@ -160,4 +190,5 @@ def _dotted(path: TreePath) -> str:
 
 
 def _sizes(axes: Axes) -> tuple[int, ...]:
-    return tuple(axis.size for axis in axes)
+    """Returns the sizes that a checkpoint has."""
+    return tuple(axis.real for axis in axes)

@@ -1,0 +1,181 @@
+"""Meshes: how many devices along each axis, and which device where.
+
+    plan = MeshPlan.of("2,2,2")                       # or (2, 2, 2)
+    mesh = make_mesh(plan)                            # axes x, y and z
+    place = places(mesh, PhaseLayout(Ffn.WS2D, Heads.HEADS))
+    place(("embed", "ffn"), (48, 64)).spec            # PartitionSpec("x", ("z", "y"))
+
+Neighbours on a TPU's torus are neighbours on the mesh; elsewhere the devices of a host lie along
+the last axes, so that the network carries the traffic of the first alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxserve.errors import UnsupportedError, UsageError
+from jaxserve.partitioning.layout import PhaseLayout
+from jaxserve.partitioning.placement import AXES
+from jaxserve.partitioning.torus import Along, Torus, arranged, fold
+
+Sharding = Callable[[tuple[str, ...], tuple[int, ...]], NamedSharding]
+"""From the logical axes and shape of an array to its place."""
+
+
+@dataclass(frozen=True)
+class MeshPlan:
+    """Devices along each axis.
+
+    Attributes:
+        x, y, z: what layouts name.
+        data, expert, pipeline: reserved for copies of the model, experts and groups of layers.
+    """
+
+    x: int = 1
+    y: int = 1
+    z: int = 1
+    data: int = 1
+    expert: int = 1
+    pipeline: int = 1
+
+    def __post_init__(self) -> None:
+        for name in AXES:
+            if getattr(self, name) < 1:
+                raise UsageError(
+                    f"mesh {self.x},{self.y},{self.z} must have positive sizes, as in 2,2,2"
+                )
+        for name in ("data", "expert", "pipeline"):
+            if getattr(self, name) != 1:
+                raise UnsupportedError(
+                    f"a mesh with {name}={getattr(self, name)} is not supported; leave it at 1"
+                )
+
+    @classmethod
+    def of(cls, mesh: MeshPlan | str | Sequence[int]) -> MeshPlan:
+        """Returns the plan that "2,2,2" or (2, 2, 2) stands for: sizes of x, y and z.
+
+        Raises:
+            UsageError: these are not three positive numbers.
+        """
+        if isinstance(mesh, MeshPlan):
+            return mesh
+        parts = mesh.split(",") if isinstance(mesh, str) else list(mesh)
+        try:
+            sizes = [int(part) for part in parts]
+        except (TypeError, ValueError):
+            sizes = []
+        if len(sizes) != len(AXES):
+            raise UsageError(f"mesh {mesh!r} is not three sizes; give X,Y,Z, as in 2,2,2")
+        return cls(*sizes)
+
+    @property
+    def sizes(self) -> tuple[tuple[str, int], ...]:
+        """Returns (axis, size) of x, y and z."""
+        return tuple((axis, getattr(self, axis)) for axis in AXES)
+
+    @property
+    def num_devices(self) -> int:
+        """Returns the devices of the whole mesh."""
+        return self.x * self.y * self.z
+
+    def __str__(self) -> str:
+        return f"{self.x}x{self.y}x{self.z}"
+
+
+def make_mesh(plan: MeshPlan, devices: Sequence[Any] | None = None) -> Mesh:
+    """Returns a mesh of the first devices, of `devices` or of all there are.
+
+    Raises:
+        UsageError: there are too few.
+    """
+    found = list(jax.devices() if devices is None else devices)
+    if plan.num_devices > len(found):
+        raise UsageError(
+            f"mesh {plan.x},{plan.y},{plan.z} needs {plan.num_devices} devices, found "
+            f"{len(found)}; use a mesh whose sizes multiply to {len(found)} or less, or fake "
+            f"devices with devices='cpu:{plan.num_devices}'"
+        )
+    chosen = _in_order(found)[: plan.num_devices]
+    torus, chips = torus_of(chosen)
+    along = None if torus is None else fold(torus, dict(plan.sizes))
+    if torus is None or along is None:
+        array = _array(chosen).reshape([size for _, size in plan.sizes])
+    else:
+        array = arranged(torus, along, chips)
+    return Mesh(array, AXES)
+
+
+def along_of(mesh: Mesh) -> tuple[Along, ...] | None:
+    """Returns how the axes of a mesh from `make_mesh` lie on a torus; None where there is none."""
+    torus, _ = torus_of(list(mesh.devices.flat))
+    return None if torus is None else fold(torus, dict(mesh.shape))
+
+
+def network_axes(mesh: Mesh) -> tuple[str, ...]:
+    """Returns the axes along which devices belong to different hosts."""
+    hosts = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    return tuple(
+        axis
+        for dim, axis in enumerate(mesh.axis_names)
+        if bool(np.any(hosts != np.take(hosts, [0], axis=dim)))
+    )
+
+
+def torus_of(devices: Sequence[Any]) -> tuple[Torus | None, np.ndarray]:
+    """Returns (the torus that the devices fill, the devices by coordinates); else (None, ...).
+
+    The devices of one chip lie along a last axis, which is no ring.
+    """
+    plain = _array(devices)
+    if any(getattr(device, "coords", None) is None for device in devices):
+        return None, plain
+    at = np.array([[*device.coords, getattr(device, "core_on_chip", 0)] for device in devices])
+    at -= at.min(axis=0)
+    shape = tuple((at.max(axis=0) + 1).tolist())
+    if math.prod(shape) != len(devices) or len({tuple(row) for row in at.tolist()}) != len(devices):
+        return None, plain
+    chips = np.empty(shape, dtype=object)
+    for row, device in zip(at.tolist(), devices, strict=True):
+        chips[tuple(row)] = device
+    grid = tuple(size for size in shape[:-1] if size > 1)
+    torus = Torus.of(devices[0].device_kind, grid)
+    if shape[-1] > 1:
+        torus = Torus((*torus.shape, shape[-1]), (*torus.wraps, False))
+    return torus, chips.reshape(torus.shape)
+
+
+def places(mesh: Mesh, phase: PhaseLayout) -> Sharding:
+    """Returns where a stored parameter lies, given its logical axes and shape."""
+    sizes = dict(mesh.shape)
+
+    def place(axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+        cuts = phase.cuts(axes, shape, sizes)
+        return NamedSharding(mesh, PartitionSpec(*(cut or None for cut in cuts)))
+
+    return place
+
+
+def _in_order(devices: Sequence[Any]) -> list[Any]:
+    """Returns devices host by host."""
+
+    def key(device: Any) -> tuple[int, ...]:
+        slice_index = getattr(device, "slice_index", None) or 0
+        coords = getattr(device, "coords", None) or ()
+        if coords:
+            return (slice_index, *coords, getattr(device, "core_on_chip", 0))
+        return (slice_index, device.process_index, device.id)
+
+    return sorted(devices, key=key)
+
+
+def _array(devices: Sequence[Any]) -> np.ndarray:
+    found = np.empty(len(devices), dtype=object)
+    found[:] = list(devices)
+    return found
