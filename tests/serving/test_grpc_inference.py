@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.client import Client, Retries
+from jaxserve.client import Client, Retries, requests
 from jaxserve.serving.fake_runner import FakeRule
 from jaxserve.serving.fake_service import CONTEXT, VOCAB_SIZE, byte_tokenizer
 from jaxserve.serving.request import SamplingParams
+from jaxserve.serving.rpc.convert import sampling_params
 from jaxserve.serving.rpc.fake_server import FakeServer, fake_server
 from jaxserve.serving.rpc.inference import SERVICE
 from jaxserve.serving.rpc.protos import inference_pb2 as pb
@@ -317,3 +318,34 @@ def test_whatever_bytes_come_are_answered_or_refused(
         list(call(body, timeout=60))
     except grpc.RpcError as refused:
         assert refused.code() in CALLERS_FAULT, refused.details()  # pyright: ignore
+
+
+def test_every_parameter_arrives_as_it_was_sent():
+    asked: dict[str, Any] = {
+        "n": 2,
+        "temperature": 0.1 + 0.2,  # a double, to the last bit
+        "top_k": 0,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "presence_penalty": -0.1,
+        "frequency_penalty": 0.1,
+        "logit_bias": {5: 1.5},
+        "allowed_token_ids": (1, 2),
+        "bad_words": ("x",),
+        "seed": -(2**63),
+        "max_tokens": 6,
+        "min_tokens": 0,
+        "stop": ("é", "b"),
+        "stop_token_ids": (3,),
+        "ignore_eos": True,
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
+        "logprobs": 0,
+        "prompt_logprobs": 1,
+    }
+    assert asked.keys() == set(SamplingParams.__struct_fields__)
+    sent = requests.generate("a", asked, "", 0).SerializeToString()
+    arrived = pb.GenerateRequest.FromString(sent).sampling
+    assert sampling_params(arrived) == SamplingParams(**asked)
+    assert sampling_params(pb.SamplingParams()) == SamplingParams()
