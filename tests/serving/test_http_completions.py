@@ -31,7 +31,7 @@ def client() -> Iterator[httpx.Client]:
 def expected(prompt: str | Sequence[int], count: int, sample: int = 0, **fields: Any) -> list[int]:
     """Returns the tokens that the model without a model gives."""
     ids = list(prompt.encode()) if isinstance(prompt, str) else list(prompt)
-    params = SamplingParams(**({"temperature": 0.0} | fields)).resolved({})
+    params = SamplingParams.create(**({"temperature": 0.0} | fields)).resolved({})
     return RULE.continue_prompt(ids, params, count, sample)
 
 
