@@ -59,6 +59,8 @@ class FakeServer:
         rejects: fields that make a request malformed; "prompt" stands for one of token ids.
         tokens_per_piece: of the words that are sent together.
         status: of every answer but the first; the first is the client's probe.
+        tokens_per_word: of prompts that are text.
+        ends: streams end with [DONE].
         broken: the stream ends with an error instead of its second piece.
         bodies: of the requests for completions and chats.
         headers: of these requests, in lower case.
@@ -71,6 +73,8 @@ class FakeServer:
     rejects: tuple[str, ...] = ()
     tokens_per_piece: int = 1
     status: int = 200
+    tokens_per_word: int = 1
+    ends: bool = True
     broken: bool = False
     card: dict[str, Any] = field(default_factory=lambda: {"id": "fake", "max_model_len": 64})
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -143,11 +147,13 @@ class FakeServer:
             self._event(writer, {"choices": [{"delta": {"role": "assistant", "content": ""}}]})
         await self._words(writer, asked["max_tokens"], chat)
         prompt = asked.get("prompt") or asked["messages"][0]["content"]
-        read = len(prompt if isinstance(prompt, list) else prompt.split())
+        words = self.tokens_per_word * len(prompt.split()) if isinstance(prompt, str) else 0
+        read = words or len(prompt)
         usage = {"prompt_tokens": read, "completion_tokens": asked["max_tokens"]}
         if asked.get("stream_options"):
             self._event(writer, {"choices": [], "usage": usage})
-        self._chunk(writer, b"data: [DONE]\n\n")
+        if self.ends:
+            self._chunk(writer, b"data: [DONE]\n\n")
         self._open -= 1
         writer.write(b"0\r\n\r\n")
 

@@ -69,7 +69,8 @@ def test_the_loop_is_open():
     trace = [TraceRequest((5,), 1, due) for due in (0.0, 0.01, 0.02)]
 
     async def go() -> list[Record]:
-        records, _, _ = await offer(Silent(), trace)
+        async with asyncio.timeout(20):
+            records, _, _ = await offer(Silent(), trace)
         return records
 
     records = asyncio.run(go())
@@ -116,6 +117,11 @@ def test_an_error_inside_a_stream_fails_the_request(fake_server):
     assert record.error and "the engine ended" in record.error
     assert record.output_tokens == 1
     assert refused == 0
+
+
+def test_a_stream_that_ends_without_saying_so_is_not_trusted(fake_server):
+    with pytest.raises(CallError, match=r"without \[DONE\]"):
+        run(fake_server(ends=False))
 
 
 def test_a_server_that_never_ends_fails_the_request(fake_server):
@@ -165,6 +171,13 @@ def test_chats_are_words_and_their_first_piece_is_no_token(fake_server):
     assert all(record.ttft_s >= 0.05 for record in result.runs[0].records)
     contents = [body["messages"][0]["content"] for body in server.bodies]
     assert len(set(contents)) == len(contents)
+
+
+def test_words_make_about_as_many_tokens_as_the_trace_has(fake_server):
+    ids = run(fake_server()).runs[0].records
+    words = run(fake_server(rejects=("prompt",), tokens_per_word=3)).runs[0].records
+    for one, other in zip(ids, words, strict=True):
+        assert abs(one.prompt_tokens - other.prompt_tokens) <= 2
 
 
 def test_tokens_that_come_together_are_all_counted(fake_server):

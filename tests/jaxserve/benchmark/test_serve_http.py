@@ -10,12 +10,23 @@ from jaxserve.errors import UsageError
 OK = b"HTTP/1.1 200 OK\r\n"
 
 
-def talk(answers: list[bytes], ask, close_after: int = 1000, timeout_s: float = 10.0):
-    """Returns what `ask` makes of a client whose server gives these answers; and the requests."""
+def talk(
+    answers: list[bytes],
+    ask,
+    close_after: int = 1000,
+    timeout_s: float = 10.0,
+    peers: list[object] | None = None,
+):
+    """Returns what `ask` makes of a client whose server gives these answers; and the requests.
+
+    The server goes on after an answer that says it will close: the client must not rely on that.
+    """
     heard: list[bytes] = []
     left = list(answers)
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if peers is not None:
+            peers.append(writer.get_extra_info("peername"))
         try:
             for _ in range(close_after):
                 heard.append(await reader.readuntil(b"\r\n\r\n"))
@@ -96,8 +107,10 @@ def test_a_server_that_wants_to_close_is_not_asked_again_on_that_connection():
     async def twice(client: HttpClient) -> list[bytes]:
         return [await get(client), await get(client)]
 
-    bodies, _ = talk([first, never], twice)
+    peers: list[object] = []
+    bodies, _ = talk([first, never], twice, peers=peers)
     assert bodies == [b"a", b"b"]
+    assert len(peers) == 2
 
 
 def test_an_error_status_carries_its_body():
