@@ -79,7 +79,12 @@ def create_app(
     _add_pages(app)
     set_schema(app, _BODIES, keys is not None)
     app.add_middleware(
-        Guard, options=options, gate=gate or Gate.of(options), keys=keys, limits=limits
+        Guard,
+        options=options,
+        gate=gate or Gate.of(options),
+        keys=keys,
+        service=service,
+        limits=limits,
     )
     if options.cors_origins:
         app.add_middleware(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -123,5 +124,7 @@ def _explained(reason: str, value: Any) -> FieldError:
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) and value.isidentifier() else repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+    """Returns a value as an error shows it, never the whole of a long one."""
+    if isinstance(value, str) and value.isidentifier() and len(value) <= 60:
+        return value
+    return reprlib.repr(value)

@@ -1,6 +1,6 @@
 """What every HTTP request passes before it is parsed: limits, its key, the gate.
 
-    app = Guard(app, service, options, Gate.of(options), keys)
+    app = Guard(app, options, Gate.of(options), keys, service)
 
 In this order: request id, headers, key, origin and content type, length of the body, the gate, the
 state of the service, and only then the body itself, which is read to its end or refused.
@@ -25,6 +25,7 @@ from jaxserve.serving.http.errors import JSON, Description, HttpError, describe
 from jaxserve.serving.http.limits import RequestLimits
 from jaxserve.serving.keys import Caller, Keys
 from jaxserve.serving.server_options import ServerOptions
+from jaxserve.serving.service import Service, check_ready
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class Guard:
         app: what requests go to that pass.
         keys: those that callers need; None lets everyone in.
         gate: counts what is under way; shared with other servers of the same service.
+        service: which must be ready for a body to be read; None reads it in any case.
     """
 
     def __init__(
@@ -52,9 +54,11 @@ class Guard:
         options: ServerOptions,
         gate: Gate,
         keys: Keys | None,
+        service: Service | None = None,
         limits: RequestLimits | None = None,
     ) -> None:
         self._app, self._options, self._gate, self._keys = app, options, gate, keys
+        self._service = service
         self._limits = limits or RequestLimits()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -90,6 +94,8 @@ class Guard:
         _check_content(headers)
         length = _length(headers)
         with self._gate.enter(self._options.max_body_bytes if length is None else length):
+            if self._service is not None:
+                check_ready(self._service)
             visit.body = await self._read(receive)
             call = Call(call.request_id, call.client, call.salt, visit.body)
             set_call(scope, call)
@@ -153,6 +159,8 @@ class _Visit:
 
     def __init__(self, scope: Scope, headers: dict[bytes, bytes], send: Send) -> None:
         self.scope, self.headers, self.caller = scope, headers, Caller()
+        # As it was sent: a decoded one could have line breaks.
+        self.path = scope.get("raw_path", b"").decode("ascii", "replace") or scope["path"]
         self.status, self.body = 0, b""
         asked = headers.get(REQUEST_ID, b"").decode("latin-1")
         self.request_id = asked if _SOUND_ID.fullmatch(asked) else uuid.uuid4().hex
@@ -186,7 +194,7 @@ class _Visit:
     def log(self, with_body: bool) -> None:
         """Logs the request; its body only where the operator asked for that."""
         seconds = time.perf_counter() - self._began_s
-        method, path = self.scope["method"], self.scope["path"]
+        method, path = self.scope["method"], self.path
         extra = {
             "request_id": self.request_id,
             "client": self.caller.name,

@@ -71,20 +71,31 @@ class TokenNames:
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
+        self._known: dict[int, tuple[str, bytes]] = {}
 
     def bytes(self, token_id: int) -> bytes:
         """Returns the bytes that a token stands for."""
-        return b"" if self._tokenizer is None else self._tokenizer.token_bytes(token_id)
+        return self._look_up(token_id)[1]
 
     def name(self, token_id: int) -> str:
         """Returns a token's text, or its bytes in writing where they are not whole characters."""
-        raw = self.bytes(token_id)
-        if not raw:
-            return f"token_id:{token_id}"
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+        return self._look_up(token_id)[0]
+
+    def _look_up(self, token_id: int) -> tuple[str, bytes]:
+        """Returns name and bytes; there are no more of them than tokens."""
+        if (known := self._known.get(token_id)) is None:
+            raw = b"" if self._tokenizer is None else self._tokenizer.token_bytes(token_id)
+            known = self._known[token_id] = (_name(token_id, raw), raw)
+        return known
+
+
+def _name(token_id: int, raw: bytes) -> str:
+    if not raw:
+        return f"token_id:{token_id}"
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 class CompletionTokens:

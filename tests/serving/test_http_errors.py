@@ -271,6 +271,8 @@ def test_a_draining_server_refuses_with_503() -> None:
         server.run(drain())
         response = httpx.post(server.url + "/v1/completions", json=POST)
         assert refused(response, 503)["code"] == "unavailable"
+        unread = httpx.post(server.url + "/v1/completions", content=b"no json")
+        assert refused(unread, 503)["code"] == "unavailable"
         assert int(response.headers["retry-after"]) >= 1
         assert httpx.get(server.url + "/health").json()["status"] == "draining"
         assert httpx.get(server.url + "/health/ready").status_code == 503

@@ -135,9 +135,11 @@ def test_the_key_is_asked_for_by_the_browser(
     keys.write_text(f"alice {KEY}\n")
     options = ServerOptions(model_name="fake", api_key_file=keys)
     with serve_in_background(fake_service, options) as server:
-        with browser.new_context() as context:
-            with pytest.raises(Error, match="INVALID_AUTH_CREDENTIALS"):
-                context.new_page().goto(server.url)
+        with (
+            browser.new_context() as context,
+            pytest.raises(Error, match="INVALID_AUTH_CREDENTIALS"),
+        ):
+            context.new_page().goto(server.url)
         with browser.new_context(http_credentials={"username": "", "password": KEY}) as context:
             page = context.new_page()
             page.goto(server.url)
