@@ -12,7 +12,7 @@ pytest.importorskip("prometheus_client", reason="prometheus-client is not instal
 pytest.importorskip("fastapi", reason="fastapi is not installed")
 
 from jaxserve.serving.fake_service import fake_service
-from jaxserve.serving.http.app import create_app
+from jaxserve.serving.http.app import create_admin_app, create_app
 from jaxserve.serving.http.logprobs import LOWEST
 from jaxserve.serving.http.schemas import ChatRequest, CompletionRequest, Generation
 from jaxserve.serving.server_options import ServerOptions
@@ -33,7 +33,9 @@ def names(kind: type[msgspec.Struct]) -> set[str]:
 def test_every_route_is_described_and_every_described_route_exists():
     async def routes() -> set[str]:
         async with fake_service() as service:
-            made: list[Any] = list(create_app(service, ServerOptions()).routes)
+            options = ServerOptions()
+            apps = create_app(service, options), create_admin_app(service, options)
+        made: list[Any] = [route for app in apps for route in app.routes]
         return {
             f"{'POST' if 'POST' in route.methods else 'GET'} {route.path.replace(':path', '')}"
             for route in made
