@@ -44,7 +44,9 @@ class ServerProcess:
         name: of the engine.
         url: of its HTTP interface.
         log: what it printed.
+        ready_path: route that answers 200 once requests are taken.
         grpc: address of its gRPC interface, if it has one.
+        closed: it was ended.
     """
 
     name: str
@@ -53,6 +55,7 @@ class ServerProcess:
     log: Path
     ready_path: str
     grpc: str | None = None
+    closed: bool = False
 
     @classmethod
     def start(
@@ -122,7 +125,10 @@ class ServerProcess:
         return found
 
     def close(self) -> None:
-        """Ends the server and whatever it started."""
+        """Ends the server and whatever it started; a second time does nothing."""
+        if self.closed:
+            return
+        self.closed = True
         self.process.terminate()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(STOP_S)
@@ -154,13 +160,18 @@ def start_ours(model: Path, log: Path, sequences: int) -> ServerProcess:
     )
 
 
-def start_vllm(python: str, model: Path, log: Path) -> ServerProcess:
-    """Starts vLLM's own server, set up as its CPU documentation asks."""
+def start_vllm(python: str, model: Path, log: Path, reserved: int = 1) -> ServerProcess:
+    """Starts vLLM's own server, set up as its CPU documentation asks.
+
+    Args:
+        reserved: cores on which no thread of the model runs, for its scheduler and HTTP server.
+    """
     port = free_port()
     iomp5 = Path(python).parents[1] / "lib" / "libiomp5.so"
     environment = {
         "LD_PRELOAD": f"{find_tcmalloc()}:{iomp5}",
         "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": str(reserved),
         "VLLM_NO_USAGE_STATS": "1",
     }
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
