@@ -271,7 +271,7 @@ class EngineProcess:
                 age_s += BEAT_S
             else:
                 age_s, number = 0.0, watch.number
-            self._send_beat(age_s, measured=age_s == 0.0 and count % MEASURED_BEATS == 0)
+            self._send_beat(age_s, measured=count % MEASURED_BEATS == 0)
 
     def _send_beat(self, age_s: float, measured: bool) -> None:
         if self._made is None:

@@ -112,28 +112,31 @@ class Rate:
     """
 
     def __init__(self, window_s: float = 5.0) -> None:
-        self._window_s = window_s
+        self.window_s = window_s
         self._marks: deque[tuple[float, int]] = deque()
         self._sum = 0
+        self._since_s = 0.0
 
     def add(self, amount: int, now_s: float) -> None:
         """Counts what came now."""
-        self._sum += amount
         marks = self._marks
-        if marks and now_s - marks[-1][0] < self._window_s / 50:
+        if not marks:
+            self._since_s = now_s
+        self._sum += amount
+        if marks and now_s - marks[-1][0] < self.window_s / 50:
             marks[-1] = (marks[-1][0], marks[-1][1] + amount)
         else:
             marks.append((now_s, amount))
         self._forget(now_s)
 
     def per_s(self, now_s: float) -> float:
-        """Returns the mean over the window."""
+        """Returns the mean over the window, or since things began to come."""
         self._forget(now_s)
-        return self._sum / self._window_s
+        return self._sum / min(max(now_s - self._since_s, self.window_s / 20), self.window_s)
 
     def _forget(self, now_s: float) -> None:
         marks = self._marks
-        while marks and now_s - marks[0][0] > self._window_s:
+        while marks and now_s - marks[0][0] > self.window_s:
             self._sum -= marks.popleft()[1]
 
 
@@ -367,6 +370,7 @@ class StepTimes:
     def snapshot(self, scheduler: Any, now_s: float) -> EngineMetrics:
         """Returns the counts of this moment."""
         starts_per_s = self.of_requests.starts.per_s(now_s)
+        slowest = 1 / self.of_requests.starts.window_s  # none in the window: it takes longer
         histograms = self.of_requests.snapshots()
         histograms["host_gap"] = self.host_gaps.snapshot()
         histograms["iteration_tokens"] = self.step_tokens.snapshot()
@@ -382,7 +386,7 @@ class StepTimes:
             self.host.summary(),
             dict(self.phases),
             self.tokens.per_s(now_s),
-            scheduler.waiting / starts_per_s if starts_per_s else 0.0,
+            scheduler.waiting / max(starts_per_s, slowest),
             histograms,
             scheduler,
         )

@@ -172,7 +172,11 @@ class RemoteService:
         """
         self._ready = asyncio.get_running_loop().create_future()
         self._supervision = asyncio.create_task(self._supervise())
-        await self._ready
+        try:
+            await self._ready
+        except BaseException:
+            await self.stop()
+            raise
 
     async def submit(self, request: Request, deadline_s: float | None = None) -> TokenStream:
         """Returns the events of a request, once it is admitted."""
