@@ -119,7 +119,14 @@ def layer_collectives(
     meter = _Meter(phase, sizes, step.dtype, step.tokens)
     if layer.block is BlockKind.PARALLEL:
         return list(_side_by_side(layer, embed_dim, meter))
-    return list(_in_series(layer, embed_dim, meter))
+    return [*_attention(layer, embed_dim, meter), *_mlp(layer, embed_dim, meter)]
+
+
+def mlp_collectives(
+    layer: LayerSpec, embed_dim: int, phase: PhaseLayout, sizes: dict[str, int], step: Pass
+) -> list[Collective]:
+    """Returns what the MLP of a serial layer sends, which the paper's volumes are about."""
+    return list(_mlp(layer, embed_dim, _Meter(phase, sizes, step.dtype, step.tokens)))
 
 
 @dataclass(frozen=True)
@@ -278,13 +285,16 @@ def _side_by_side(layer: LayerSpec, embed: int, meter: _Meter) -> Iterator[Colle
     yield from meter.move(embed, Stage.PRODUCED, Stage.RESIDUAL)
 
 
-def _in_series(layer: LayerSpec, embed: int, meter: _Meter) -> Iterator[Collective]:
+def _attention(layer: LayerSpec, embed: int, meter: _Meter) -> Iterator[Collective]:
     yield from meter.move(embed, Stage.RESIDUAL, Stage.INPUT)
     yield from meter.norm(layer.norm, Stage.INPUT)
     yield from _attention_weights(layer, embed, meter)
     yield from meter.distribute(_attention_parts(layer.attention))
     yield from _attended(layer.attention, meter)
     yield from _added(layer, embed, meter)
+
+
+def _mlp(layer: LayerSpec, embed: int, meter: _Meter) -> Iterator[Collective]:
     yield from meter.move(embed, Stage.RESIDUAL, Stage.INPUT)
     yield from meter.norm(layer.norm, Stage.INPUT)
     yield from _mlp_weights(layer, embed, meter)
