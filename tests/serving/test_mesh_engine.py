@@ -85,7 +85,7 @@ def values() -> Params:
 
 def request(name: str, prompt: Sequence[int], **fields: object) -> Request:
     neutral = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "min_tokens": 0}
-    chosen = neutral | {"repetition_penalty": 1.0, "seed": 3, "max_tokens": 12} | fields
+    chosen = neutral | {"repetition_penalty": 1.0, "seed": 3, "max_tokens": 24} | fields
     return Request(
         id=name, prompt=tuple(prompt), params=SamplingParams.create(**chosen), stop_ids=()
     )
