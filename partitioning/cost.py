@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from jaxserve.config import (
@@ -30,6 +30,7 @@ from jaxserve.config import (
     dtype_bytes,
 )
 from jaxserve.partitioning.layout import PhaseLayout, Stage
+from jaxserve.partitioning.padding import Padding
 from jaxserve.partitioning.placement import Kind, Move, Placement, moves
 
 
@@ -101,10 +102,27 @@ def totals(found: Iterable[Collective]) -> dict[Key, int]:
     return sums
 
 
+def padded(config: ModelConfig, padding: Padding) -> ModelConfig:
+    """Returns a model of the sizes that are computed on a mesh."""
+    layers = tuple(
+        replace(
+            layer,
+            attention=padding.attention(layer.attention),
+            mlp=replace(layer.mlp, ffn_dim=padding.ffn(layer.mlp.ffn_dim)),
+        )
+        for layer in config.layers
+    )
+    return replace(config, layers=layers, vocab_size=padding.vocab(config.vocab_size))
+
+
 def step_collectives(
     config: ModelConfig, phase: PhaseLayout, sizes: dict[str, int], step: Pass
 ) -> list[Collective]:
-    """Returns what a step sends: of every layer of `config.pattern` once, and at the ends."""
+    """Returns what a step sends: of every layer of `config.pattern` once, and at the ends.
+
+    Args:
+        config: its sizes divide over the mesh; see `padded`.
+    """
     meter = _Meter(phase, sizes, step.dtype, step.tokens)
     found = list(_start(config, meter))
     for layer in config.pattern:

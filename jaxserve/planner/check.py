@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jaxserve.partitioning.cost import Collective, Key, Where, step_collectives, totals
+from jaxserve.partitioning.cost import Collective, Key, Where, padded, step_collectives, totals
 from jaxserve.partitioning.hlo import collectives
 from jaxserve.partitioning.relayout import relayouts
 from jaxserve.planner.lower import Job, argument_bytes, lower
@@ -28,6 +28,7 @@ class Report:
         copies: weights or cache that the program moves about, in words.
         planned_bytes: weights, cache and tokens as they are cut.
         argument_bytes, temp_bytes: what the compiler says of arguments and everything else.
+        num_heads: query heads that are computed, padding included.
         compile_s: wall time of tracing and compiling.
     """
 
@@ -38,6 +39,7 @@ class Report:
     planned_bytes: int
     argument_bytes: int
     temp_bytes: int
+    num_heads: int
     compile_s: float
 
     @property
@@ -61,6 +63,7 @@ class Report:
 
 def check(job: Job, on: Slice) -> Report:
     """Returns what a TPU's compiler makes of a step, beside the plan."""
+    config = padded(job.config, job.padding(on.sizes))
     began = time.perf_counter()
     program = lower(job, on.mesh()).compile()
     seconds = time.perf_counter() - began
@@ -69,11 +72,12 @@ def check(job: Job, on: Slice) -> Report:
     assert text is not None and memory is not None
     return Report(
         on.sizes,
-        totals(step_collectives(job.config, job.phase, on.sizes, job.step)),
+        totals(step_collectives(config, job.phase, on.sizes, job.step)),
         totals(collectives(text, on.sizes)),
         tuple(str(one) for one in relayouts(text)),
         argument_bytes(job, on.sizes),
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
+        config.layers[0].attention.num_heads,
         seconds,
     )

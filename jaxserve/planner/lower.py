@@ -28,6 +28,7 @@ from jaxserve.pallas_kernels import kernel_set
 from jaxserve.partitioning.collectives import MeshComm
 from jaxserve.partitioning.cost import Pass
 from jaxserve.partitioning.layout import PhaseLayout, Stage
+from jaxserve.partitioning.padding import Padding
 from jaxserve.planner.slab import SlabCache
 from jaxserve.serving.generation import Program, Prompts, decode_step, prefill
 
@@ -68,9 +69,15 @@ class Job:
         """Returns the step as its communication is derived from."""
         return Pass(self.batch * self.length, self.batch, self.dtype)
 
+    def padding(self, sizes: dict[str, int]) -> Padding:
+        """Returns what is added to the model so that it divides."""
+        return Padding((self.phase,), tuple(sizes.items()))
+
     def program(self, sizes: dict[str, int]) -> Program:
         """Returns what the step is built from on a mesh."""
-        model = Model(self.config, Declare(self.dtype, stack=True))
+        padding = self.padding(sizes)
+        padding.check(self.config)
+        model = Model(self.config, Declare(self.dtype, stack=True, padding=padding))
         return Program(model, MeshComm(self.phase, tuple(sizes.items())), kernel_set(self.backend))
 
 

@@ -44,7 +44,7 @@ class SlabCache:
         turns = config.num_layers // len(config.pattern)
         found = []
         for layer in config.pattern:
-            spec = comm.local(layer.attention)
+            spec = comm.local(declare.attention(layer.attention))
             shape = turns, comm.rows(batch), spec.num_kv_heads, slots, spec.head_dim
             found.append(jnp.zeros(shape, declare.dtype))
         return cls(tuple(found), tuple(found))
