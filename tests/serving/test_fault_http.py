@@ -168,7 +168,7 @@ def test_pages_are_back_two_steps_after_a_client_goes(
         go(connection)
         until(lambda: bool(aborted), "the server notices")
         until(lambda: running().gauges["running"] == 1, "the request ends")
-        assert steps(server) - aborted[0] <= 2 + engine._config.max_in_flight - 1
+        assert steps(server) - aborted[0] <= 2
         assert next(line for line in lines if line).startswith("data: {")
     is_well(server)
 
@@ -380,17 +380,16 @@ def test_a_body_that_never_comes_is_not_waited_for(quick: BackgroundServer) -> N
 
 def test_headers_that_trickle_are_not_waited_for(quick: BackgroundServer) -> None:
     with connected(quick) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nhost: x\r\nslow: ")
         connection.settimeout(0.02)
         received = b""
         deadline = time.monotonic() + PATIENCE_S
         while not received:
             assert time.monotonic() < deadline
-            connection.sendall(b"G" if not received else b"")
-            try:
+            connection.sendall(b"a")
+            with suppress(TimeoutError):
                 received = connection.recv(1 << 16)
-            except TimeoutError:
-                continue
-    assert received.startswith((b"HTTP/1.1 408 ", b"HTTP/1.1 400 "))
+    assert received.startswith(b"HTTP/1.1 408 ")
 
 
 def test_an_idle_connection_is_closed(quick: BackgroundServer) -> None:

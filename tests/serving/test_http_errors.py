@@ -1,12 +1,13 @@
 """Every refusal: its status, its body, and that nothing of it reaches the engine."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 
-from jaxserve.serving.fake_service import fake_service
+from jaxserve.serving.fake_service import byte_tokenizer, fake_service
 from jaxserve.serving.gate import Gate
 from jaxserve.serving.http.app import create_app
 from jaxserve.serving.http.background import BackgroundServer, serve_in_background
@@ -313,3 +314,26 @@ def test_a_failed_step_is_a_500_and_an_event_after_the_status_line() -> None:
         assert rest[-2].startswith('data: {"error":{"message":')
         assert rest[-1] == "data: [DONE]"
         assert client.post("/v1/completions", json=POST).status_code == 200
+
+
+def test_where_the_model_lies_is_not_told() -> None:
+    tokenizer = byte_tokenizer()
+    bare = replace(
+        tokenizer,
+        origin="/srv/models/secret",
+        config=replace(tokenizer.config, chat_templates=None),
+    )
+
+    def app(service: Any, options: ServerOptions) -> Any:
+        service.intake = replace(service.intake, tokenizer=bare)
+        return create_app(service, options)
+
+    with serve_in_background(fake_service, ServerOptions(model_name="fake"), app) as server:
+        body = {"messages": [{"role": "user", "content": "hi"}]}
+        for path in ("/v1/chat/completions", "/tokenize"):
+            error = refused(httpx.post(server.url + path, json=body), 400)
+            assert error["param"] == "messages"
+            assert "this model has no chat template" in error["message"]
+            assert "/srv" not in error["message"]
+        model = httpx.get(server.url + "/v1/models/fake").json()
+        assert model["has_chat_template"] is False
