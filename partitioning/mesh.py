@@ -102,14 +102,17 @@ def make_mesh(plan: MeshPlan, devices: Sequence[Any] | None = None) -> Mesh:
             f"{len(found)}; use a mesh whose sizes multiply to {len(found)} or less, or fake "
             f"devices with devices='cpu:{plan.num_devices}'"
         )
-    chosen = _in_order(found)[: plan.num_devices]
+    return Mesh(arrange(plan, found), AXES)
+
+
+def arrange(plan: MeshPlan, devices: Sequence[Any]) -> np.ndarray:
+    """Returns the first devices as an array [X, Y, Z]: neighbours on a torus side by side."""
+    chosen = _in_order(devices)[: plan.num_devices]
     torus, chips = torus_of(chosen)
     along = None if torus is None else fold(torus, dict(plan.sizes))
     if torus is None or along is None:
-        array = _array(chosen).reshape([size for _, size in plan.sizes])
-    else:
-        array = arranged(torus, along, chips)
-    return Mesh(array, AXES)
+        return _array(chosen).reshape([size for _, size in plan.sizes])
+    return arranged(torus, along, chips)
 
 
 def along_of(mesh: Mesh) -> tuple[Along, ...] | None:
@@ -118,12 +121,12 @@ def along_of(mesh: Mesh) -> tuple[Along, ...] | None:
     return None if torus is None else fold(torus, dict(mesh.shape))
 
 
-def network_axes(mesh: Mesh) -> tuple[str, ...]:
-    """Returns the axes along which devices belong to different hosts."""
-    hosts = np.vectorize(lambda device: device.process_index)(mesh.devices)
+def network_axes_of(devices: np.ndarray) -> tuple[str, ...]:
+    """Returns the axes of devices[X, Y, Z] along which they belong to different hosts."""
+    hosts = np.vectorize(lambda device: device.process_index)(devices)
     return tuple(
         axis
-        for dim, axis in enumerate(mesh.axis_names)
+        for dim, axis in enumerate(AXES)
         if bool(np.any(hosts != np.take(hosts, [0], axis=dim)))
     )
 
@@ -144,19 +147,29 @@ def torus_of(devices: Sequence[Any]) -> tuple[Torus | None, np.ndarray]:
     chips = np.empty(shape, dtype=object)
     for row, device in zip(at.tolist(), devices, strict=True):
         chips[tuple(row)] = device
-    grid = tuple(size for size in shape[:-1] if size > 1)
-    torus = Torus.of(devices[0].device_kind, grid)
-    if shape[-1] > 1:
-        torus = Torus((*torus.shape, shape[-1]), (*torus.wraps, False))
+    whole = Torus.of(devices[0].device_kind, shape[:-1])
+    lies = zip(shape, (*whole.wraps, False), strict=True)
+    kept = [(size, wraps) for size, wraps in lies if size > 1]
+    torus = Torus(tuple(size for size, _ in kept), tuple(wraps for _, wraps in kept))
     return torus, chips.reshape(torus.shape)
 
 
 def places(mesh: Mesh, phase: PhaseLayout) -> Sharding:
-    """Returns where a stored parameter lies, given its logical axes and shape."""
+    """Returns a function (logical axes, shape) -> place of a stored parameter.
+
+    It raises a UsageError for a size that does not divide.
+    """
     sizes = dict(mesh.shape)
 
     def place(axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
         cuts = phase.cuts(axes, shape, sizes)
+        for axis, size, cut in zip(axes, shape, cuts, strict=True):
+            count = math.prod(sizes[name] for name in cut)
+            if size % count:
+                raise UsageError(
+                    f"{axis}={size} does not divide over {'*'.join(cut)}={count}; use a mesh that "
+                    "it divides over, or declare the model with a Padding"
+                )
         return NamedSharding(mesh, PartitionSpec(*(cut or None for cut in cuts)))
 
     return place

@@ -2,7 +2,7 @@
 
     info = inspect(locate("tiny"))                     # config, tensors, defaults; no weights read
     model = Model(info.config, Declare(info.dtype))
-    params = load_params(info, model, WEIGHTS.on(make_mesh(2, 2, 2)), progress=reporter())
+    params = load_params(info, model, places(mesh, phase), progress=reporter())
     convert("llama-hf", "llama-orbax")                 # loads by the same call, onto any mesh
 
 Names load on first use: looking into a directory needs no JAX. (`locate` is in a module of its own

@@ -33,8 +33,8 @@ def load_params(
     Args:
         checkpoint: a directory, or what `inspect` found in it.
         model: configuration and storage; its configuration is that of the checkpoint.
-        sharding: of every parameter; a function is given (logical axes, shape) of each, as
-            `Rules.on(mesh)` is. None puts all on the default device.
+        sharding: of every parameter; a function is given (logical axes, shape) of each, such as
+            `partitioning.mesh.places` makes. None puts all on the default device.
         progress: told the bytes placed; None is silent.
 
     Raises:

@@ -16,9 +16,14 @@ from jaxserve.checkpoint.manifest import NAME
 from jaxserve.errors import CheckpointError, UsageError
 from jaxserve.layers.decoder import Model
 from jaxserve.layers.param import Declare, Orientation
-from jaxserve.partitioning.rules import WEIGHTS, make_mesh
+from jaxserve.partitioning.layout import Ffn, Heads, PhaseLayout
+from jaxserve.partitioning.mesh import MeshPlan, make_mesh, places
 
 MESHES = [(1, 1, 1), (2, 2, 2), (8, 1, 1), (1, 2, 4)]
+
+
+def on_mesh(*sizes: int):
+    return places(make_mesh(MeshPlan(*sizes)), PhaseLayout(Ffn.WS2D, Heads.HEADS))
 
 
 @pytest.fixture
@@ -56,7 +61,7 @@ def test_every_mesh_holds_the_same_bits(llama, converted: Path, mesh, declare, f
     assert info.format is form
     model = Model(info.config, declare)
     one = load_params(llama.path, model)
-    many = load_params(info, model, WEIGHTS.on(make_mesh(*mesh)))
+    many = load_params(info, model, on_mesh(*mesh))
     jax.tree.map(same_bits, many, one)
     ffn = many["layers"][0]["mlp"]["down"]["values"]
     x, y, z = mesh
@@ -109,7 +114,7 @@ def test_a_large_array_is_cut_so_that_slices_are_read_alone(llama, tmp_path: Pat
     monkeypatch.setattr(orbax_module, "_CHUNK_BYTES", 1000)
     info = convert(llama.path, tmp_path / "out")
     model = Model(info.config, Declare("bfloat16", Orientation.OUT_IN, True))
-    mesh = WEIGHTS.on(make_mesh(2, 2, 2))
+    mesh = on_mesh(2, 2, 2)
     jax.tree.map(same_bits, load_params(info, model, mesh), load_params(llama.path, model))
     reader = orbax_module.OrbaxReader(info.path, info.tensors)
     chunk = reader._array("embedding").chunk_layout.read_chunk.shape
