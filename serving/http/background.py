@@ -7,6 +7,7 @@ with serve_in_background(fake_service, ServerOptions(model_name="fake")) as serv
 from __future__ import annotations
 
 import asyncio
+import ssl
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
@@ -58,6 +59,7 @@ def serve_in_background(
     options: ServerOptions,
     make_app: Callable[[Service, ServerOptions], ASGIApp] = create_app,
     limits: ConnectionLimits = DEFAULT_LIMITS,
+    tls: ssl.SSLContext | None = None,
 ) -> Iterator[BackgroundServer]:
     """Yields a server that answers on a free port of the loopback address.
 
@@ -65,6 +67,7 @@ def serve_in_background(
         make_service: started and ended in the server's loop.
         make_app: what answers, over a service.
         limits: of connections.
+        tls: what they are encrypted with.
     """
     server, started = BackgroundServer(), threading.Event()
     failures: list[BaseException] = []
@@ -72,14 +75,15 @@ def serve_in_background(
     async def serve() -> None:
         async with make_service() as service:
             server.service, server.app = service, make_app(service, options)
-            http = make_server(server.app, "127.0.0.1", 0, limits=limits, shutdown_s=1)
+            http = make_server(server.app, "127.0.0.1", 0, tls=tls, limits=limits, shutdown_s=1)
             server.http = http
             serving = asyncio.ensure_future(http.serve())
             while not http.started and not serving.done():
                 await asyncio.sleep(0.001)
             if not serving.done():
                 server.port = http.servers[0].sockets[0].getsockname()[1]
-                server.url = f"http://127.0.0.1:{server.port}"
+                scheme = "http" if tls is None else "https"
+                server.url = f"{scheme}://127.0.0.1:{server.port}"
                 started.set()
             await serving
 
