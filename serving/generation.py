@@ -62,7 +62,8 @@ class Program:
         """Returns the model as one device's cache sees it, with the heads that it attends to."""
         config = self.model.config
         layers = (
-            replace(layer, attention=self.comm.local(layer.attention)) for layer in config.layers
+            replace(layer, attention=self.comm.local(self.model.declare.attention(layer.attention)))
+            for layer in config.layers
         )
         return replace(config, layers=tuple(layers))
 
