@@ -299,7 +299,7 @@ def test_a_failed_step_is_a_500_and_an_event_after_the_status_line() -> None:
         httpx.Client(base_url=server.url, timeout=30) as client,
     ):
         runner = server.service.engine._runner
-        runner.fail_collect(ValueError("at 0x7f00 in /home/someone/secret.py"))
+        runner.fail_collect(ValueError("at 0x7f00 in /srv/secret.py"))
         error = refused(client.post("/v1/completions", json=POST), 500)
         assert error["type"] == "server_error"
         assert "secret" not in error["message"], "no paths, no addresses"
