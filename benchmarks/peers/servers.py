@@ -25,7 +25,7 @@ from typing import Any, Self
 from benchmarks.peers.vllm_cpu import KV_CACHE_GIB, find_tcmalloc
 
 ROOT = Path(__file__).parents[2]
-START_S = 600.0
+START_S = 1800.0
 POLL_S = 0.25
 STOP_S = 30.0
 RESUME_S = 1.0
