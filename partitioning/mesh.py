@@ -1,7 +1,6 @@
-"""Meshes: how many devices along each axis, and which device where.
+"""Meshes: which device where, and which part of a parameter there.
 
-    plan = MeshPlan.of("2,2,2")                       # or (2, 2, 2)
-    mesh = make_mesh(plan)                            # axes x, y and z
+    mesh = make_mesh(MeshPlan.of("2,2,2"))            # axes x, y and z
     place = places(mesh, PhaseLayout(Ffn.WS2D, Heads.HEADS))
     place(("embed", "ffn"), (48, 64)).spec            # PartitionSpec("x", ("z", "y"))
 
@@ -13,80 +12,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxserve.errors import UnsupportedError, UsageError
+from jaxserve.errors import UsageError
 from jaxserve.partitioning.layout import PhaseLayout
 from jaxserve.partitioning.placement import AXES
+from jaxserve.partitioning.plan import MeshPlan
 from jaxserve.partitioning.torus import Along, Torus, arranged, fold
 
 Sharding = Callable[[tuple[str, ...], tuple[int, ...]], NamedSharding]
 """From the logical axes and shape of an array to its place."""
 
-
-@dataclass(frozen=True)
-class MeshPlan:
-    """Devices along each axis.
-
-    Attributes:
-        x, y, z: what layouts name.
-        data, expert, pipeline: reserved for copies of the model, experts and groups of layers.
-    """
-
-    x: int = 1
-    y: int = 1
-    z: int = 1
-    data: int = 1
-    expert: int = 1
-    pipeline: int = 1
-
-    def __post_init__(self) -> None:
-        for name in AXES:
-            if getattr(self, name) < 1:
-                raise UsageError(
-                    f"mesh {self.x},{self.y},{self.z} must have positive sizes, as in 2,2,2"
-                )
-        for name in ("data", "expert", "pipeline"):
-            if getattr(self, name) != 1:
-                raise UnsupportedError(
-                    f"a mesh with {name}={getattr(self, name)} is not supported; leave it at 1"
-                )
-
-    @classmethod
-    def of(cls, mesh: MeshPlan | str | Sequence[int]) -> MeshPlan:
-        """Returns the plan that "2,2,2" or (2, 2, 2) stands for: sizes of x, y and z.
-
-        Raises:
-            UsageError: these are not three positive numbers.
-        """
-        if isinstance(mesh, MeshPlan):
-            return mesh
-        parts = mesh.split(",") if isinstance(mesh, str) else list(mesh)
-        try:
-            sizes = [int(part) for part in parts]
-        except (TypeError, ValueError):
-            sizes = []
-        if len(sizes) != len(AXES):
-            raise UsageError(f"mesh {mesh!r} is not three sizes; give X,Y,Z, as in 2,2,2")
-        return cls(*sizes)
-
-    @property
-    def sizes(self) -> tuple[tuple[str, int], ...]:
-        """Returns (axis, size) of x, y and z."""
-        return tuple((axis, getattr(self, axis)) for axis in AXES)
-
-    @property
-    def num_devices(self) -> int:
-        """Returns the devices of the whole mesh."""
-        return self.x * self.y * self.z
-
-    def __str__(self) -> str:
-        return f"{self.x}x{self.y}x{self.z}"
+__all__ = [
+    "MeshPlan",
+    "Sharding",
+    "along_of",
+    "arrange",
+    "make_mesh",
+    "network_axes_of",
+    "places",
+    "torus_of",
+]
 
 
 def make_mesh(plan: MeshPlan, devices: Sequence[Any] | None = None) -> Mesh:
