@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from jaxserve.partitioning.cost import Collective, Key, Where, padded, step_collectives, totals
 from jaxserve.partitioning.hlo import collectives
 from jaxserve.partitioning.relayout import relayouts
-from jaxserve.planner.lower import Job, argument_bytes, lower
+from jaxserve.planner.lower import Job, argument_bytes, compiled, lower
 from jaxserve.planner.topology import Slice
 
 
@@ -65,7 +65,7 @@ def check(job: Job, on: Slice) -> Report:
     """Returns what a TPU's compiler makes of a step, beside the plan."""
     config = padded(job.config, job.padding(on.sizes))
     began = time.perf_counter()
-    program = lower(job, on.mesh()).compile()
+    program = compiled(lower(job, on.mesh()))
     seconds = time.perf_counter() - began
     text = program.as_text()
     memory = program.memory_analysis()

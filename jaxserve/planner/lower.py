@@ -1,7 +1,7 @@
 """Compiles a step for TPUs that are not here, and reads what the compiler made of it.
 
     job = Job(named_config("llama-2-70b"), PhaseLayout(Ffn.WS2D, Heads.BATCH), batch=64, slots=2048)
-    program = lower(job, SLICES["v5e:8x8"].mesh()).compile()
+    program = compiled(lower(job, SLICES["v5e:8x8"].mesh()))
     program.memory_analysis().temp_size_in_bytes          # of one chip
 
 The step is that of `serving.generation` under one `shard_map`; layers that repeat are one loop.
@@ -108,13 +108,28 @@ def lower(job: Job, mesh: Mesh) -> jax.stages.Lowered:
         check_vma=False,
     )
     formats = _formats(cache_specs, mesh)
-    compiled = jax.jit(
+    step = jax.jit(
         mapped,
         in_shardings=(_formats(weights, mesh), formats, own, own),
         out_shardings=(own, formats),
         donate_argnums=(1,),
     )
-    return compiled.lower(program.model.abstract_params(), cache, *given)
+    return step.lower(program.model.abstract_params(), cache, *given)
+
+
+def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Returns the compiled step.
+
+    JAX would write it to its cache on disk, and fail to read it from there, as that needs the
+    devices.
+    """
+    setting = "jax_persistent_cache_min_compile_time_secs"
+    kept = getattr(jax.config, setting)
+    jax.config.update(setting, float("inf"))
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update(setting, kept)
 
 
 def argument_bytes(job: Job, sizes: dict[str, int]) -> int:

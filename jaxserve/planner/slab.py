@@ -63,15 +63,21 @@ class SlabCache:
         kernels: KernelSet,
         sink_q: Array | None = None,
         slopes: Array | None = None,
+        stripe: object | None = None,
     ) -> tuple[Array, SlabCache]:
         """Returns (attention of q[T, N, H] as [T, N, H], the cache holding k and v[T, K, H]).
 
         A step of several tokens a row is the first of its sequences.
 
         Raises:
-            UnsupportedError: sink tokens are kept besides a window.
+            UnsupportedError: sink tokens are kept besides a window, or a device keeps a share of
+                every sequence.
         """
         assert self.positions is not None and layer.turn is not None
+        if stripe is not None:
+            raise UnsupportedError(
+                "a slab is not cut along its sequences; use store=Store.PAGES for this layout"
+            )
         if spec.sink_tokens:
             raise UnsupportedError("a plan has no streaming cache; use a model without sink_tokens")
         batch, length = self.positions.shape
