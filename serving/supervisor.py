@@ -301,9 +301,12 @@ class RemoteService:
     def _over(self, sent: _Sent) -> None:
         """Forgets a request that is over, one that waits for its admission too."""
         self._sent.pop(sent.request.id, None)
-        if not sent.admission.done():
-            cause = sent.stream.error or UnavailableError("the request was aborted")
-            sent.admission.set_exception(cause)
+        if sent.admission.done():
+            return
+        if sent.stream.error is not None:
+            sent.admission.set_exception(sent.stream.error)
+        else:  # a short answer may overtake the news that it is admitted
+            sent.admission.set_result(None)
 
     def _fail_open(self, error: JaxserveError) -> None:
         for sent in list(self._sent.values()):

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,19 +74,20 @@ def alive(pid: int) -> bool:
 def serving(options: dict[str, Any] | None = None, **fields: Any) -> Iterator[Running]:
     """Yields a server over a fake engine."""
     options = {"grpc_port": None, **(options or {})}
-    process = subprocess.Popen(
-        [sys.executable, "-c", CODE, json.dumps(fields), json.dumps(options)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        running = Running(process)
-        yield running
-    finally:
-        process.kill()
-        _, log = process.communicate()
-        sys.stderr.write(log[-4000:])
+    with tempfile.TemporaryFile("w+") as log:  # nobody reads a pipe meanwhile
+        process = subprocess.Popen(
+            [sys.executable, "-c", CODE, json.dumps(fields), json.dumps(options)],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+        try:
+            yield Running(process)
+        finally:
+            process.kill()
+            process.communicate()
+            log.seek(0)
+            sys.stderr.write(log.read()[-4000:])
 
 
 async def call(
@@ -213,13 +215,14 @@ def test_two_thousand_connections_are_all_answered_or_refused() -> None:
     async def work(server: Running) -> None:
         results = await asyncio.gather(*(complete(server.port, 4) for _ in range(2000)))
         statuses = [status for status, _ in results]
-        assert set(statuses) <= {200, 429}
+        assert set(statuses) <= {200, 429}, [text for status, text in results if status == 503][:1]
         assert statuses.count(200) >= 500
         for status, text in results:
             if status == 200:
-                assert text.rstrip().endswith("data: [DONE]")
+                assert "data: [DONE]" in text
             else:
-                assert json.loads(text)["error"]["code"] == "queue_full"
+                code = "queue_full" if status == 429 else "unavailable"
+                assert json.loads(text)["error"]["code"] == code
         await running_is(server.port, 0)
         status, _ = await complete(server.port, 4)
         assert status == 200
