@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -28,12 +28,14 @@ class Call:
         client: name of the API key, empty without one.
         salt: what keeps cached prompts of different keys apart.
         body: read to its end.
+        notes: what the log should say of it besides; written by the route.
     """
 
     request_id: str
     client: str = ""
     salt: str = ""
     body: bytes = b""
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 def set_call(scope: Any, call: Call) -> None:

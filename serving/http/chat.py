@@ -96,6 +96,8 @@ async def chat(site: Site, http: HttpRequest) -> Response:
     call = call_of(http)
     body = read(call.body, ChatRequest, REFUSED_IN_CHAT)
     check_model(body.model, site.service.card.name)
+    if body.user is not None:
+        call.notes["user"] = body.user
     _check(body)
     params = sampling_params(
         body,

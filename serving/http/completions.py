@@ -60,6 +60,8 @@ async def complete(site: Site, http: HttpRequest) -> Response:
     call = call_of(http)
     body = read(call.body, CompletionRequest, REFUSED_IN_COMPLETIONS)
     check_model(body.model, site.service.card.name)
+    if body.user is not None:
+        call.notes["user"] = body.user
     prompts = split(body.prompt)
     _check(body)
     echoed = {"prompt_logprobs": body.logprobs} if body.echo and body.logprobs is not None else {}

@@ -82,12 +82,12 @@ class Guard:
         self._check_headers(scope)
         if scope["path"] not in OPEN_PATHS:
             visit.caller = self._caller(headers)
-        call = Call(visit.request_id, visit.caller.name, visit.caller.salt)
+        caller = visit.caller
         if scope["method"] in _BODYLESS:
             # What is got may be asked about, too; the server leaves such an answer's body out.
             method = "GET" if scope["method"] == "HEAD" else scope["method"]
             scope = {**scope, "method": method}
-            set_call(scope, call)
+            set_call(scope, Call(visit.request_id, caller.name, caller.salt))
             await self._app(scope, receive, visit.send)
             return
         _check_origin(headers, self._options.cors_origins)
@@ -97,7 +97,7 @@ class Guard:
             if self._service is not None:
                 check_ready(self._service)
             visit.body = await self._read(receive)
-            call = Call(call.request_id, call.client, call.salt, visit.body)
+            call = Call(visit.request_id, caller.name, caller.salt, visit.body, visit.notes)
             set_call(scope, call)
             await self._app(scope, receive, visit.send)
 
@@ -162,6 +162,7 @@ class _Visit:
         # As it was sent: a decoded one could have line breaks.
         self.path = scope.get("raw_path", b"").decode("ascii", "replace") or scope["path"]
         self.status, self.body = 0, b""
+        self.notes: dict[str, str] = {}
         asked = headers.get(REQUEST_ID, b"").decode("latin-1")
         self.request_id = asked if _SOUND_ID.fullmatch(asked) else uuid.uuid4().hex
         self._send, self._began_s = send, time.perf_counter()
@@ -202,6 +203,7 @@ class _Visit:
             "path": path,
             "status": self.status,
             "seconds": round(seconds, 6),
+            **self.notes,
         }
         if with_body:
             extra["body"] = self.body.decode("utf-8", "replace")

@@ -15,7 +15,7 @@ from jaxserve.serving.http.guard import OPEN_PATHS
 from jaxserve.serving.server_options import ServerOptions
 
 KEY, OTHER = "sesame-0123456789abcdef", "mellon-0123456789abcdef"
-MAX_BODY = 20_000
+MAX_BODY = 30_000
 POST = {"prompt": "hi", "max_tokens": 2}
 
 
@@ -165,6 +165,15 @@ def test_a_wrong_field_of_a_completion_is_named(
     error = refused(response, 400)
     assert error["type"] == "invalid_request_error"
     assert error["param"] == param, error
+
+
+def test_log_probabilities_that_could_fill_the_memory_are_refused(client: httpx.Client) -> None:
+    body = {"prompt": ["x"] * 128, "n": 16, "max_tokens": 100, "logprobs": 20}
+    error = refused(client.post("/v1/completions", json=body), 400)
+    assert error["param"] == "logprobs"
+    assert "could give 4,300,800 log-probabilities" in error["message"]
+    echoed = {"prompt": ["x" * 150] * 128, "max_tokens": 1, "echo": True, "logprobs": 5}
+    assert client.post("/v1/completions", json=echoed).status_code in (200, 429)
 
 
 def test_a_body_that_is_too_large_is_refused_unread(client: httpx.Client) -> None:

@@ -161,13 +161,14 @@ def test_requests_are_logged_without_what_they_say(
     client: httpx.Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "jaxserve"):
-        body = {"prompt": "a secret", "max_tokens": 1}
+        body = {"prompt": "a secret", "max_tokens": 1, "user": "team 7"}
         client.post("/v1/completions", json=body, headers={"x-request-id": "logged"})
         client.get("/health")
         client.get("/a%0Ab")
     assert not [r for r in caplog.records if "\n" in r.getMessage()]
     (record,) = [r for r in caplog.records if getattr(r, "request_id", "") == "logged"]
     assert (record.method, record.path, record.status) == ("POST", "/v1/completions", 200)  # pyright: ignore[reportAttributeAccessIssue]
+    assert record.user == "team 7"  # pyright: ignore[reportAttributeAccessIssue]
     assert "secret" not in json.dumps([r.__dict__ for r in caplog.records], default=str)
     assert not [r for r in caplog.records if getattr(r, "path", "") == "/health"]
 
