@@ -58,7 +58,9 @@ class Attention(nnx.Module):
             if self.spec.alibi is not None:
                 slopes = run.comm.vector(_slopes(self.heads), Stage.QUERY)
             spec = run.comm.local(self.spec)
-            heads, cache = cache.attend(layer, q, k, v, spec, run.kernels, sink_q, slopes)
+            heads, cache = cache.attend(
+                layer, q, k, v, spec, run.kernels, sink_q, slopes, run.comm.stripe(spec)
+            )
         with jax.named_scope("out"):
             heads = run.comm.move(heads, Stage.QUERY, Stage.CONTRACTED)
             return linear(heads, self.out, run.comm, run.kernels), cache

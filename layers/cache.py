@@ -24,7 +24,9 @@ from jaxserve.errors import UnsupportedError
 from jaxserve.layers.param import Declare
 from jaxserve.layers.step import Step
 from jaxserve.pallas_kernels import KernelSet
+from jaxserve.pallas_kernels.paged_attention.places import Extra
 from jaxserve.partitioning.collectives import Comm
+from jaxserve.partitioning.stripe import Stripe
 
 PAGE_SIZE = 128
 """Places of a row come in such numbers."""
@@ -54,12 +56,14 @@ class Cache(Protocol):
         kernels: KernelSet,
         sink_q: Array | None = None,
         slopes: Array | None = None,
+        stripe: Stripe | None = None,
     ) -> tuple[Array, Self]:
         """Returns (attention of q[T, N, H] as [T, N, H], the cache holding k and v[T, K, H]).
 
         Args:
             sink_q: [T, N, H], the queries as they meet the sink tokens of a streaming cache.
             slopes: float32[N], ALiBi's, where the spec has it.
+            stripe: the share of every page that is kept here; None keeps pages whole.
         """
         ...
 
@@ -99,6 +103,7 @@ class NoCache:
         kernels: KernelSet,
         sink_q: Array | None = None,
         slopes: Array | None = None,
+        stripe: Stripe | None = None,
     ) -> tuple[Array, NoCache]:
         """Returns (causal attention within each sequence, itself)."""
         assert self.positions is not None
@@ -118,6 +123,34 @@ class NoCache:
     def end(self) -> NoCache:
         """Returns the cache without positions."""
         return replace(self, positions=None)
+
+
+class Striped(NamedTuple):
+    """A step's positions as the pages kept here have them, and what attention is asked for.
+
+    Attributes:
+        kept, seen: int32[T], where a token is written and the last key that it sees.
+        page_size: tokens of a page that are kept here.
+        outputs: further results of attention.
+    """
+
+    kept: Array
+    seen: Array
+    page_size: int
+    outputs: tuple[Extra, ...]
+    stripe: Stripe | None
+
+    @classmethod
+    def of(cls, positions: Array, page_size: int, stripe: Stripe | None) -> Striped:
+        """Returns the positions themselves where pages are whole."""
+        if stripe is None:
+            return cls(positions, positions, page_size, (), None)
+        kept, seen = stripe.kept(positions, page_size), stripe.seen(positions, page_size)
+        return cls(kept, seen, page_size // stripe.count, (Extra.LSE,), stripe)
+
+    def whole(self, found: Any) -> Array:
+        """Returns attention over the keys of all devices."""
+        return found if self.stripe is None else self.stripe.merged(*found)
 
 
 @jax.tree_util.register_dataclass
@@ -159,7 +192,8 @@ class DenseCache:
         layers = config.pattern if declare.stack else config.layers
         own = (comm.local(declare.attention(layer.attention)) for layer in layers)
         specs = (cache_spec(spec, declare.dtype) for spec in own)
-        pages = tuple(kernels.init_pages(turns * table.size, PAGE_SIZE, spec) for spec in specs)
+        size = PAGE_SIZE // comm.num_stripes
+        pages = tuple(kernels.init_pages(turns * table.size, size, spec) for spec in specs)
         return cls(pages, table)
 
     def begin(self, step: Step) -> DenseCache:
@@ -176,6 +210,7 @@ class DenseCache:
         kernels: KernelSet,
         sink_q: Array | None = None,
         slopes: Array | None = None,
+        stripe: Stripe | None = None,
     ) -> tuple[Array, DenseCache]:
         """Returns (attention of q over its row up to its position, the cache with k and v)."""
         assert self.positions is not None
@@ -185,30 +220,32 @@ class DenseCache:
         table = self.table
         if layer.turn is not None:
             table = table + layer.turn * table.size
+        step = Striped.of(self.positions, PAGE_SIZE, stripe)
         pages = kernels.write_pages(
             self.pages[layer.index],
             k,
             v,
             table,
             jnp.repeat(row[:-1], length),
-            self.positions,
-            page_size=PAGE_SIZE,
+            step.kept,
+            page_size=step.page_size,
         )
         out = kernels.paged_attention(
             q,
             pages,
             table,
             row * length,
-            jnp.max(self.positions.reshape(batch, length), axis=1) + 1,
-            self.positions,
+            jnp.max(step.seen.reshape(batch, length), axis=1) + 1,
+            step.seen,
             spec,
-            page_size=PAGE_SIZE,
+            page_size=step.page_size,
+            outputs=step.outputs,
             sink_tokens=spec.sink_tokens,
             q_sink=sink_q,
             slopes=slopes,
             max_query=length,
         )
-        return out, replace(self, pages=_replaced(self.pages, layer.index, pages))
+        return step.whole(out), replace(self, pages=_replaced(self.pages, layer.index, pages))
 
     def end(self) -> DenseCache:
         """Returns the cache without positions."""

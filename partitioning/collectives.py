@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxserve.config import AttentionSpec
-from jaxserve.errors import UsageError
+from jaxserve.errors import UnsupportedError, UsageError
 from jaxserve.partitioning.layout import HIDDEN_ORDER, PhaseLayout, Stage
 from jaxserve.partitioning.placement import Dim, Kind, Move, Placement, moves
+from jaxserve.partitioning.stripe import Stripe
 
 LogicalAxes = Sequence[tuple[str, int]]
 """Names and full sizes of an array's dimensions."""
@@ -103,6 +104,15 @@ class Comm(Protocol):
         """Returns the attention that one device computes."""
         ...
 
+    @property
+    def num_stripes(self) -> int:
+        """Returns into how many pieces every page is cut."""
+        ...
+
+    def stripe(self, spec: AttentionSpec) -> Stripe | None:
+        """Returns the share of every page that is kept here; None where pages are whole."""
+        ...
+
     def lookup(self, table: Array, tokens: Array) -> Array:
         """Returns the rows of table[V, embed] at tokens int32[T], as the residual stream."""
         ...
@@ -170,6 +180,15 @@ class LocalComm:
     def local(self, spec: AttentionSpec) -> AttentionSpec:
         """Returns the spec."""
         return spec
+
+    @property
+    def num_stripes(self) -> int:
+        """Returns 1."""
+        return 1
+
+    def stripe(self, spec: AttentionSpec) -> Stripe | None:
+        """Returns None."""
+        return None
 
     def lookup(self, table: Array, tokens: Array) -> Array:
         """Returns the rows of the table."""
@@ -299,6 +318,27 @@ class MeshComm:
         heads = spec.num_heads // self._count(self.placement(Stage.QUERY).features)
         group = spec.num_heads // spec.num_kv_heads
         return replace(spec, num_heads=heads, num_kv_heads=max(1, heads // group))
+
+    @property
+    def num_stripes(self) -> int:
+        """Returns into how many pieces every page is cut."""
+        return self._count(self.phase.stripes)
+
+    def stripe(self, spec: AttentionSpec) -> Stripe | None:
+        """Returns the share of every page that is kept here; None where pages are whole.
+
+        Raises:
+            UnsupportedError: the attention looks at distances, which a device's keys do not have.
+        """
+        if self.num_stripes == 1:
+            return None
+        if spec.window is not None or spec.alibi is not None:
+            raise UnsupportedError(
+                "attention='sequence' cuts pages over devices and serves neither windows nor "
+                "ALiBi; use heads, batch or heads-batch"
+            )
+        axes = self.phase.stripes
+        return Stripe(self.num_stripes, self._index(axes), axes)
 
     def lookup(self, table: Array, tokens: Array) -> Array:
         """Returns the rows of table[V.zy, E.x] at tokens int32[T], as the residual stream."""

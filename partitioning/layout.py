@@ -34,12 +34,17 @@ class Ffn(StrEnum):
 
 
 class Heads(StrEnum):
-    """What attention, and with it the cache, is cut by: heads, sequences or both."""
+    """What attention, and with it the cache, is cut by: heads, sequences or both.
+
+    SEQUENCE cuts every page of a sequence over x, and merges what the pieces give: for contexts
+    that are long, where sequences are few.
+    """
 
     HEADS = "heads"
     HEADS_BATCH = "heads-batch"
     HEADS_BATCH_XY = "heads-batch-xy"
     BATCH = "batch"
+    SEQUENCE = "sequence"
 
 
 class Stage(StrEnum):
@@ -67,6 +72,7 @@ _HEADS = {
     Heads.HEADS_BATCH: Placement(tokens=("x",), features=("z", "y")),
     Heads.HEADS_BATCH_XY: Placement(tokens=("x", "y"), features=("z",)),
     Heads.BATCH: Placement(tokens=TOKEN_ORDER),
+    Heads.SEQUENCE: Placement(features=("z", "y")),
 }
 
 
@@ -81,6 +87,11 @@ class PhaseLayout:
 
     ffn: Ffn
     heads: Heads
+
+    @property
+    def stripes(self) -> tuple[str, ...]:
+        """Returns the mesh axes that cut every page."""
+        return ("x",) if self.heads is Heads.SEQUENCE else ()
 
     @property
     def gathers(self) -> bool:
@@ -118,7 +129,7 @@ class PhaseLayout:
                 Stage.PRODUCED: Placement(partial=EMBED_ORDER),
             }[stage]
         # The non-linearity goes where the queries go, so that one scatter serves both.
-        by_heads = self.heads is Heads.HEADS
+        by_heads = self.heads in (Heads.HEADS, Heads.SEQUENCE)
         hidden = Placement(features=HIDDEN_ORDER) if by_heads else Placement(("x",), ("z", "y"))
         return {
             Stage.RESIDUAL: Placement(features=EMBED_ORDER),

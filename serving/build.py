@@ -82,7 +82,7 @@ def _runner(
     return ModelRunner(
         program,
         params,
-        size_cache(config, each, program.model.declare.dtype, kv_bytes),
+        size_cache(config, each, program.model.declare.dtype, kv_bytes, program.comm.num_stripes),
         Ladder.of(each.max_step_tokens, each.max_sequences, program.token_multiple),
         shards * each.max_sequences,
         history_tokens(config),

@@ -20,10 +20,11 @@ import numpy as np
 from jax import Array
 
 from jaxserve.config import AttentionSpec, CacheSpec
-from jaxserve.layers.cache import At
+from jaxserve.layers.cache import At, Striped
 from jaxserve.layers.decoder import Model
 from jaxserve.layers.step import Step
 from jaxserve.pallas_kernels import KernelSet
+from jaxserve.partitioning.stripe import Stripe
 
 Pages = Any
 """Pages of one layer: whatever the kernels' `init_pages` returns."""
@@ -50,10 +51,16 @@ class GroupGeometry:
 
 @dataclass(frozen=True)
 class CacheGeometry:
-    """Sizes of the pool; static in every compiled step."""
+    """Sizes of the pool; static in every compiled step.
+
+    Attributes:
+        page_size: tokens of a page.
+        stripes: devices over which every page is cut.
+    """
 
     page_size: int
     groups: tuple[GroupGeometry, ...]
+    stripes: int = 1
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -68,10 +75,8 @@ class CacheGeometry:
     @property
     def num_bytes(self) -> int:
         """Returns the bytes of all pages."""
-        return sum(
-            g.num_pages * self.page_size * g.spec.bytes_per_token * len(g.layers)
-            for g in self.groups
-        )
+        kept = self.page_size // self.stripes
+        return sum(g.num_pages * kept * g.spec.bytes_per_token * len(g.layers) for g in self.groups)
 
     def group_of(self, layer: int) -> int:
         """Returns the index of the group that a layer belongs to."""
@@ -86,7 +91,8 @@ def create_pool(model: Model, geometry: CacheGeometry, kernels: KernelSet) -> li
         for layer in group.layers:
             if layer < layers:
                 number = model.turns * group.num_pages
-                pages[layer] = kernels.init_pages(number, geometry.page_size, group.spec)
+                size = geometry.page_size // geometry.stripes
+                pages[layer] = kernels.init_pages(number, size, group.spec)
     return pages
 
 
@@ -129,6 +135,7 @@ class PagedCache:
         kernels: KernelSet,
         sink_q: Array | None = None,
         slopes: Array | None = None,
+        stripe: Stripe | None = None,
     ) -> tuple[Array, PagedCache]:
         """Returns (attention of q[T, N, H] over its sequences' pages, the cache with k and v)."""
         assert self.positions is not None
@@ -137,14 +144,16 @@ class PagedCache:
         group, table = self.geometry.groups[index], self.tables[index]
         if layer.turn is not None:
             table = table + layer.turn * group.num_pages
+        page_size = self.geometry.page_size
+        step = Striped.of(self.positions, page_size, stripe)
         pages = kernels.write_pages(
             self.pages[place],
             k,
             v,
             table,
             self.row_of_token,
-            self.positions,
-            page_size=self.geometry.page_size,
+            step.kept,
+            page_size=step.page_size,
             pinned_pages=group.pinned_pages,
         )
         out = kernels.paged_attention(
@@ -152,10 +161,11 @@ class PagedCache:
             pages,
             table,
             self.q_start,
-            self.kv_len,
-            self.positions,
+            self.kv_len if stripe is None else stripe.seen(self.kv_len - 1, page_size) + 1,
+            step.seen,
             spec,
-            page_size=self.geometry.page_size,
+            page_size=step.page_size,
+            outputs=step.outputs,
             pinned_pages=group.pinned_pages,
             sink_tokens=spec.sink_tokens,
             q_sink=sink_q,
@@ -163,7 +173,7 @@ class PagedCache:
             max_query=1 if self.decode_only else None,
         )
         after = [*self.pages[:place], pages, *self.pages[place + 1 :]]
-        return out, replace(self, pages=after)
+        return step.whole(out), replace(self, pages=after)
 
     def end(self) -> PagedCache:
         """Returns the cache without positions."""

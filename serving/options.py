@@ -82,25 +82,32 @@ def of_one_shard(options: EngineOptions, num_shards: int) -> EngineOptions:
 
 
 def size_cache(
-    config: ModelConfig, options: EngineOptions, dtype: str, kv_bytes: int
+    config: ModelConfig, options: EngineOptions, dtype: str, kv_bytes: int, stripes: int = 1
 ) -> CacheGeometry:
     """Returns the pool for a model: as many tokens as fit, at most what all slots can use.
 
     Args:
         dtype: element type of keys and values.
         kv_bytes: room for the pool.
+        stripes: devices over which every page is cut, each with such room.
 
     Raises:
+        UsageError: a page does not divide over the stripes.
         UsageError: the room does not hold one sequence of the model's full context.
     """
     from jaxserve.serving.kv_cache import CacheGeometry
 
+    if options.page_size % stripes:
+        raise UsageError(
+            f"page_size={options.page_size} does not divide over {stripes} devices along x; use a "
+            "larger page_size or a smaller x"
+        )
     groups = config.cache_groups(dtype)
     context = config.max_context_tokens
 
     def geometry(tokens: int) -> CacheGeometry:
         return CacheGeometry(
-            options.page_size, tuple(_group(g, tokens, context, options) for g in groups)
+            options.page_size, tuple(_group(g, tokens, context, options) for g in groups), stripes
         )
 
     windows = [

@@ -1,6 +1,7 @@
 """The engine on a mesh gives the tokens of one device, under every pair of layouts."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from jaxserve.config import (
     NormSpec,
     RopeSpec,
 )
+from jaxserve.errors import UnsupportedError
 from jaxserve.layers.decoder import Model, Params
 from jaxserve.layers.param import Declare
 from jaxserve.pallas_kernels import kernel_set
@@ -52,6 +54,7 @@ CONFIG = ModelConfig(
     max_context_tokens=64,
 )
 MODEL = Model(CONFIG, Declare())
+UNWINDOWED = Model(replace(CONFIG, layers=CONFIG.layers[:1] * 2), Declare())
 SMALL = EngineOptions(max_sequences=8, max_step_tokens=32, page_size=8, kv_bytes=30_000)
 """So few pages that sequences are preempted."""
 
@@ -72,6 +75,7 @@ ALL = [
     Case(mesh, prefill, decode, heads)
     for mesh in ((1, 2, 4), (2, 2, 2), (8, 1, 1))
     for heads in Heads
+    if heads is not Heads.SEQUENCE  # the second layer has a window
     for decode in (Ffn.WS1D, Ffn.WS2D)
     for prefill in Ffn
     if (prefill is Ffn.WS1D) == (decode is Ffn.WS1D)
@@ -79,8 +83,8 @@ ALL = [
 
 
 @cache
-def values() -> Params:
-    return MODEL.init(jax.random.key(0))
+def values(model: Model = MODEL) -> Params:
+    return model.init(jax.random.key(0))
 
 
 def request(name: str, prompt: Sequence[int], **fields: object) -> Request:
@@ -127,22 +131,22 @@ def served(program: Program, params: Params, options: EngineOptions) -> tuple[To
 
 
 @cache
-def on_one_device() -> Tokens:
+def on_one_device(model: Model = MODEL) -> Tokens:
     options = EngineOptions(max_sequences=8, max_step_tokens=32, page_size=8, kv_bytes=1 << 20)
-    return served(Program(MODEL, LocalComm(), kernel_set()), values(), options)[0]
+    return served(Program(model, LocalComm(), kernel_set()), values(model), options)[0]
 
 
-def check(case: Case) -> None:
+def check(case: Case, model: Model = MODEL) -> None:
     mesh = make_mesh(MeshPlan(*case.mesh))
     layouts = PhaseLayout(case.prefill, case.heads), PhaseLayout(case.decode, case.heads)
-    program = Program.on(MODEL, kernel_set(), mesh, *layouts)
-    params = jax.tree.map(jax.device_put, values(), shardings(mesh, param_specs(program)))
+    program = Program.on(model, kernel_set(), mesh, *layouts)
+    params = jax.tree.map(jax.device_put, values(model), shardings(mesh, param_specs(program)))
     found, made = served(program, params, SMALL)
-    assert found == on_one_device()
+    assert found == on_one_device(model)
     stats = made.engine.metrics.scheduler
     assert stats.running == stats.waiting == 0
     assert sum(stats.pages_held) == 0
-    if program.comm.num_shards == 1:
+    if program.comm.num_shards == 1 and model is MODEL:  # elsewhere there is room enough
         assert stats.preemptions > 0
         assert stats.prefix_hit_tokens > 0
 
@@ -150,6 +154,15 @@ def check(case: Case) -> None:
 @pytest.mark.parametrize("case", PAIRWISE, ids=str)
 def test_tokens_are_those_of_one_device(case: Case) -> None:
     check(case)
+
+
+def test_pages_may_be_cut_over_devices() -> None:
+    check(Case((2, 2, 2), Ffn.WG_X, Ffn.WS2D, Heads.SEQUENCE), UNWINDOWED)
+
+
+def test_a_window_refuses_pages_that_are_cut() -> None:
+    with pytest.raises(UnsupportedError, match="serves neither windows nor ALiBi"):
+        check(Case((2, 2, 2), Ffn.WS2D, Ffn.WS2D, Heads.SEQUENCE))
 
 
 @pytest.mark.slow
