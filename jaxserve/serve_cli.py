@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from jaxserve.serving.options import EngineOptions
     from jaxserve.serving.server_options import ServerOptions
+    from jaxserve.serving.wire import Start
 
 
 class LogFormat(StrEnum):
@@ -89,9 +90,11 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a model: OpenAI-compatible HTTP, gRPC, health, metrics."""
+    began_s = time.perf_counter()
     from jaxserve.serving import logs
     from jaxserve.serving.options import EngineOptions
     from jaxserve.serving.server_options import ServerOptions
+    from jaxserve.serving.wire import Start
 
     options = ServerOptions(
         model_name=model_name or _name(model),
@@ -126,28 +129,28 @@ def serve(
         max_queued_tokens=max_waiting_tokens,
     )
     logs.set_up(options.log_json)
-    raise typer.Exit(asyncio.run(_run(model, dtype, backend, options, engine, otel_endpoint)))
+    if otel_endpoint is not None:
+        from jaxserve.serving import tracing
+
+        tracing.set_up(otel_endpoint, options.model_name)
+    launch = Start(model, dtype, backend, engine, options.log_json)
+    raise typer.Exit(asyncio.run(_run(launch, options, began_s)))
 
 
-async def _run(
-    model: str,
-    dtype: str | None,
-    backend: str,
-    options: ServerOptions,
-    engine: EngineOptions,
-    otel_endpoint: str | None,
-) -> int:
+async def _run(launch: Start, options: ServerOptions, began_s: float) -> int:
     """Returns the exit status of the server."""
     from jaxserve.serving.model_files import ModelFiles
-    from jaxserve.serving.server import Server
     from jaxserve.serving.supervisor import RemoteService
-    from jaxserve.serving.wire import Start
 
-    files = ModelFiles.find(model, dtype)
-    start = Start(model, dtype, backend, engine, options.log_json)
+    files = ModelFiles.find(launch.model, launch.dtype)
     name = options.model_name
-    service = RemoteService(start, files.intake(name), files.card(name))
-    return await Server(service, options).run()
+    service = RemoteService(launch, files.intake(name), files.card(name))
+    start = await service.launch()
+    from jaxserve.serving.server import Server  # takes a second, in which the engine starts
+
+    status = await Server(service, options, began_s=began_s).run()
+    await asyncio.gather(start, return_exceptions=True)
+    return status
 
 
 def _name(model: str) -> str:

@@ -29,6 +29,7 @@ from jaxserve.serving.request import (
 )
 from jaxserve.serving.service import Service
 from jaxserve.serving.streams import TokenStream
+from jaxserve.serving.tracing import RequestSpan
 
 
 class Delta(msgspec.Struct, frozen=True):
@@ -87,6 +88,8 @@ class Answer:
         self.prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
         self._stream = stream
         self._times: RequestTimes | None = None
+        self._span = RequestSpan(request)
+        self._closed = False
         self._first_s = self._last_s = 0.0
         self._builders = [
             CompletionBuilder(service.intake.tokenizer, request)
@@ -109,6 +112,10 @@ class Answer:
 
     def close(self) -> None:
         """Ends the request if it is not over."""
+        if not self._closed:
+            self._closed = True
+            drawn = sum(builder.num_drawn for builder in self._builders)
+            self._span.end(drawn, self._times, self._stream.error)
         self._stream.close()
 
     async def __aiter__(self) -> AsyncIterator[Delta]:

@@ -24,6 +24,7 @@ from typing import Any
 import uvicorn
 
 from jaxserve.errors import ConfigError, JaxserveError, UnavailableError
+from jaxserve.serving import tracing
 from jaxserve.serving.gate import Gate
 from jaxserve.serving.http.app import create_admin_app, create_app
 from jaxserve.serving.http.protocol import make_server
@@ -45,6 +46,7 @@ class Server:
         service: not started yet.
         options: addresses and limits.
         announce: called with the ready line.
+        began_s: `time.perf_counter()` from which the start counts; None is now.
 
     Attributes:
         addresses: by protocol, once they listen.
@@ -55,11 +57,13 @@ class Server:
         service: Service,
         options: ServerOptions,
         announce: Callable[[str], None] | None = None,
+        began_s: float | None = None,
     ) -> None:
         self.addresses: dict[str, str] = {}
         self._service = service
         self._options = options
         self._announce = announce or _print
+        self._began_s = time.perf_counter() if began_s is None else began_s
         self._gate = Gate.of(options)
         self._http: list[tuple[uvicorn.Server, asyncio.Task[None]]] = []
         self._grpc: Any = None
@@ -69,7 +73,6 @@ class Server:
 
     async def run(self) -> int:
         """Returns the exit status, once all has ended: 0 after a drain, 1 after a failed start."""
-        began = time.perf_counter()
         _raise_file_limit()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -77,7 +80,7 @@ class Server:
         try:
             await self._listen()
             if await self._start():
-                await self._ready(time.perf_counter() - began)
+                await self._ready(time.perf_counter() - self._began_s)
                 await self._asked.wait()
             await self._drain()
         except JaxserveError as error:
@@ -183,6 +186,7 @@ class Server:
     async def _close(self) -> None:
         """Ends the servers, after the service."""
         await self._service.stop(0.0)
+        await asyncio.to_thread(tracing.shut_down)
         for server, _ in self._http:
             server.should_exit = True
             server.force_exit = self._signals > 1

@@ -170,13 +170,21 @@ class RemoteService:
         Raises:
             JaxserveError: it cannot be made.
         """
-        self._ready = asyncio.get_running_loop().create_future()
-        self._supervision = asyncio.create_task(self._supervise())
+        if self._ready is None:
+            self._ready = asyncio.get_running_loop().create_future()
+            self._supervision = asyncio.create_task(self._supervise())
         try:
-            await self._ready
+            await asyncio.shield(self._ready)
         except BaseException:
             await self.stop()
             raise
+
+    async def launch(self) -> asyncio.Task[None]:
+        """Returns the start, once the process runs: what else is to be done can be done beside."""
+        start = asyncio.create_task(self.start())
+        while self._child is None and not start.done():
+            await asyncio.sleep(0.001)
+        return start
 
     async def submit(self, request: Request, deadline_s: float | None = None) -> TokenStream:
         """Returns the events of a request, once it is admitted."""

@@ -19,6 +19,7 @@ import uuid
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxserve.errors import TooLargeError, UnauthenticatedError, UsageError
+from jaxserve.serving import logs, tracing
 from jaxserve.serving.gate import Gate
 from jaxserve.serving.http.call import Call, ClientGoneError, set_call
 from jaxserve.serving.http.errors import JSON, Description, HttpError, describe
@@ -99,7 +100,9 @@ class Guard:
             visit.body = await self._read(receive)
             call = Call(visit.request_id, caller.name, caller.salt, visit.body, visit.notes)
             set_call(scope, call)
-            await self._app(scope, receive, visit.send)
+            caller_span = headers.get(b"traceparent", b"").decode("ascii", "replace")
+            with tracing.parent(caller_span), logs.request_id(visit.request_id):
+                await self._app(scope, receive, visit.send)
 
     def _check_headers(self, scope: Scope) -> None:
         headers, limits = scope["headers"], self._limits

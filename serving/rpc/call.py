@@ -27,7 +27,7 @@ from google.protobuf.message_factory import GetMessageClass
 from google.protobuf.text_format import MessageToString
 
 from jaxserve.errors import DeadlineError, JaxserveError
-from jaxserve.serving import logs
+from jaxserve.serving import logs, tracing
 from jaxserve.serving.gate import Gate
 from jaxserve.serving.keys import Caller, Keys
 from jaxserve.serving.rpc.parse import is_sound, own_id, parse
@@ -195,7 +195,8 @@ class Desk:
                 if self._log_prompts:
                     record.body = MessageToString(request, as_utf8=True, as_one_line=True)
                 context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
-                with logs.request_id(call.request_id):
+                caller_span = metadata.get("traceparent", "")
+                with tracing.parent(caller_span), logs.request_id(call.request_id):
                     return await self._in_time(method(request, call))
         except asyncio.CancelledError:
             record.status = "CANCELLED"
