@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxserve.config import AttentionSpec, ModelConfig, cache_spec
-from jaxserve.errors import UnsupportedError
+from jaxserve.errors import UnsupportedError, UsageError
 from jaxserve.layers.param import Declare
 from jaxserve.layers.step import Step
 from jaxserve.pallas_kernels import KernelSet
@@ -184,6 +184,9 @@ class DenseCache:
         """Returns an empty cache for `batch` sequences of at least `slots` tokens.
 
         On a mesh it is that of one device.
+
+        Raises:
+            UsageError: sequences, or the pieces of a page, do not divide over the devices.
         """
         width = -(-slots // PAGE_SIZE)
         batch = comm.rows(batch)
@@ -192,6 +195,11 @@ class DenseCache:
         layers = config.pattern if declare.stack else config.layers
         own = (comm.local(declare.attention(layer.attention)) for layer in layers)
         specs = (cache_spec(spec, declare.dtype) for spec in own)
+        if PAGE_SIZE % comm.num_stripes:
+            raise UsageError(
+                f"pages of {PAGE_SIZE} tokens do not divide over {comm.num_stripes} devices along "
+                f"x; use attention='sequence' with an x that divides {PAGE_SIZE}"
+            )
         size = PAGE_SIZE // comm.num_stripes
         pages = tuple(kernels.init_pages(turns * table.size, size, spec) for spec in specs)
         return cls(pages, table)

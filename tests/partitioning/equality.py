@@ -28,7 +28,7 @@ from jaxserve.config import (
     NormSpec,
     RopeSpec,
 )
-from jaxserve.layers.cache import DenseCache
+from jaxserve.layers.cache import PAGE_SIZE, DenseCache
 from jaxserve.layers.decoder import Model
 from jaxserve.layers.param import Declare, Init, Orientation, named_parameters, tree_of
 from jaxserve.pallas_kernels import kernel_set
@@ -119,6 +119,14 @@ class Case:
     @property
     def phases(self) -> tuple[PhaseLayout, PhaseLayout]:
         return PhaseLayout(self.prefill, self.heads), PhaseLayout(self.decode, self.heads)
+
+
+def serves(family: str, mesh: tuple[int, int, int], heads: Heads) -> bool:
+    """Returns whether pages may be cut, where they would be: no windows, no ALiBi, even pieces."""
+    if heads is not Heads.SEQUENCE:
+        return True
+    attentions = [layer.attention for layer in FAMILIES[family].layers]
+    return PAGE_SIZE % mesh[0] == 0 and not any(a.window or a.alibi for a in attentions)
 
 
 def error(case: Case) -> float:
