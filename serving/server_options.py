@@ -74,7 +74,8 @@ class ServerOptions:
                 raise UsageError(f"{name}={getattr(self, name)} must be at least 1")
         if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
             raise UsageError(f"max_prompt_tokens={self.max_prompt_tokens} must be at least 1")
-        if self.drain_grace_s < 0 or (self.request_timeout_s or 1.0) <= 0:
+        timeout_s = self.request_timeout_s
+        if self.drain_grace_s < 0 or (timeout_s is not None and timeout_s <= 0):
             raise UsageError(
                 f"drain_grace_s={self.drain_grace_s} must not be below 0, and "
                 f"request_timeout_s={self.request_timeout_s} must be above 0"

@@ -40,6 +40,7 @@ class TokenStream:
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._when_over: Callable[[], object] | None = None
+        self._left = False
 
     def __aiter__(self) -> Self:
         return self
@@ -124,6 +125,10 @@ class TokenStream:
             self._leave()
 
     def _leave(self) -> None:
+        """Lets go of what the open request held, once: its id may be another's by now."""
+        if self._left:
+            return
+        self._left = True
         if self._timer is not None:
             self._timer.cancel()
         if self._when_over is not None:

@@ -271,12 +271,17 @@ class RemoteService:
         failures = 0
         while True:
             began = time.monotonic()
-            self._child = await EngineChild.launch(self._command, self._launch, self._receive)
-            how = await self._child.ended
+            try:
+                self._child = await EngineChild.launch(self._command, self._launch, self._receive)
+                how = await self._child.ended
+            except OSError as error:
+                how = f"it could not be launched: {error.strerror}"
             first = self._ready is not None and not self._ready.done()
             self._lose(how)
-            self._child.kill()
-            await self._child.close()
+            if self._child is not None:
+                self._child.kill()
+                await self._child.close()
+                self._child = None
             if first:  # it never served: its error is the caller's
                 return
             healthy = time.monotonic() - began > self._backoff.healthy_s
