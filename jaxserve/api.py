@@ -27,18 +27,21 @@ from jaxserve.checkpoint.locate import locate
 from jaxserve.compile_cache import enable as enable_compile_cache
 from jaxserve.config import ModelConfig, StreamingCache
 from jaxserve.errors import QueueFullError, UsageError
-from jaxserve.layers.decoder import Model, Params
+from jaxserve.layers.decoder import Params
 from jaxserve.layers.param import Declare
 from jaxserve.pallas_kernels import kernel_set
-from jaxserve.partitioning.collectives import LocalComm
+from jaxserve.partitioning.devices import use_devices
+from jaxserve.partitioning.layout_file import Layout, choose
+from jaxserve.partitioning.picture import LayoutView
+from jaxserve.partitioning.plan import MeshPlan
 from jaxserve.progress import Show, Unit, reporter
 from jaxserve.serving.build import ModelEngine
 from jaxserve.serving.completion import CompletionBuilder
 from jaxserve.serving.engine import Engine
-from jaxserve.serving.generation import Program, logits
 from jaxserve.serving.intake import Intake, Prompt
 from jaxserve.serving.model_files import has_tokenizer, run_dtype
 from jaxserve.serving.options import EngineOptions
+from jaxserve.serving.placing import placed, places_of, program_of, spread_logits
 from jaxserve.serving.request import Completion, Request, SamplingParams, TokenEvent
 from jaxserve.serving.runner import CompileReport, ModelRunner
 from jaxserve.tokenizer import Tokenizer
@@ -61,6 +64,11 @@ def load(
     model: str | Path = "tiny",
     *,
     dtype: str | None = None,
+    mesh: MeshPlan | str | Sequence[int] | None = None,
+    layout: Layout | str | Path | None = None,
+    prefill_layout: str | None = None,
+    attention: str | None = None,
+    devices: str | None = None,
     backend: str = "xla",
     engine: EngineOptions | None = None,
     streaming: StreamingCache | None = None,
@@ -72,6 +80,13 @@ def load(
         model: "tiny" or "tiny-draft" (shipped), a checkpoint directory, or a hub name.
         dtype: "bfloat16" or "float32", of weights, activations and cache; None takes float32
             for a float32 checkpoint and bfloat16 for any other.
+        mesh: devices along x, y and z, such as (2, 2, 2) or "2,2,2"; None takes one device.
+        layout: of a mesh: "ws1d", "ws2d" (the default), "wg-x", "wg-xy" or "wg-xyz"; or the file
+            of a layout, which says the mesh and everything else. `docs/layouts.md` explains them.
+        prefill_layout: of prefill, where it has another than decode.
+        attention: what the cache is cut by: "heads" (the default), "batch", "heads-batch" or
+            "heads-batch-xy".
+        devices: "cpu:8" takes eight devices on this processor; before JAX has started.
         backend: kernels to run: "xla" or "reference".
         engine: sizes of the engine that generates: sequences at once, memory for keys and values.
         streaming: keep so much of a sequence and no more, so that it may go on without end; None
@@ -82,8 +97,11 @@ def load(
     Raises:
         CheckpointError: files are missing, damaged or do not fit the architecture.
         UnsupportedError: architecture, config field, dtype or backend is not supported.
-        UsageError: the model was not trained on as many tokens as `streaming` keeps.
+        UsageError: the model was not trained on as many tokens as `streaming` keeps, or the layout
+            fits neither it nor the devices.
     """
+    if devices is not None:
+        use_devices(devices)
     enable_compile_cache()
     show = Show(show)
     path = locate(model)
@@ -91,14 +109,24 @@ def load(
     config = info.config
     if streaming is not None:
         config = config.streaming(streaming.window, streaming.sink_tokens)
-    declare = Declare.best(jax.default_backend(), run_dtype(dtype, info.dtype))
-    kernel_set(backend)  # an unknown backend is refused before gigabytes are read
-    params = load_params(info, Model(config, declare), progress=reporter(show))
+    running = run_dtype(dtype, info.dtype)
+    chosen = choose(
+        config,
+        running,
+        mesh=mesh,
+        layout=layout,
+        prefill_layout=prefill_layout,
+        attention=attention,
+    )
+    # Whatever is refused is refused before gigabytes are read.
+    program = program_of(config, running, kernel_set(backend), chosen)
+    params = load_params(info, program.model, places_of(program), reporter(show))
     return LLM(
         config,
         params,
         Tokenizer.from_dir(path) if has_tokenizer(path) else None,
-        declare=declare,
+        declare=program.model.declare,
+        layout=chosen,
         backend=backend,
         engine=engine,
         defaults=info.generation,
@@ -114,6 +142,7 @@ class LLM:
         params: weights in the tree of `Model(config, declare).abstract_params()`.
         tokenizer: None leaves token ids as the only way in and out.
         declare: how `params` are stored.
+        layout: what lies where on a mesh; params may lie elsewhere, and lack its padding.
         backend: kernels to run.
         engine: sizes of the engine that generates.
         defaults: what the model's authors want where a request says nothing. Without end tokens
@@ -134,31 +163,43 @@ class LLM:
         tokenizer: Tokenizer | None = None,
         *,
         declare: Declare | None = None,
+        layout: Layout | None = None,
         backend: str = "xla",
         engine: EngineOptions | None = None,
         defaults: GenerationDefaults | None = None,
         on_compile: CompileReport | None = None,
     ) -> None:
         declare = Declare() if declare is None else declare
-        program = Program(Model(config, declare), LocalComm(), kernel_set(backend))
-        _check_params(params, program.model)
+        if layout is not None:
+            layout.check(config, declare.dtype)
+        program = program_of(config, declare, kernel_set(backend), layout)
         self.config = config
         self.tokenizer = tokenizer
         self.defaults = GenerationDefaults() if defaults is None else defaults
         self.intake = Intake.of(config, tokenizer, self.defaults)
         self.eos_token_ids = self.intake.eos_token_ids
         self.program = program
-        self._params = params
+        self._layout = layout
+        self._params = placed(program, params)
         self._options = EngineOptions() if engine is None else engine
         self._on_compile = on_compile
         self._made: ModelEngine | None = None
         self._num_requests = 0
-        self._logits = jax.jit(logits, static_argnums=0)
+        self._logits = jax.jit(spread_logits(program))
 
     @property
     def params(self) -> Params:
         """Returns the weights as a tree of arrays, as stored on the device."""
         return self._params
+
+    @property
+    def layout(self) -> LayoutView:
+        """Returns which device holds what; a notebook draws it."""
+        layout = self._layout
+        if layout is None:
+            layout = choose(self.config, self.program.model.declare.dtype, mesh=MeshPlan())
+            assert layout is not None
+        return LayoutView(layout, self.config)
 
     @property
     def engine(self) -> Engine:
@@ -195,7 +236,7 @@ class LLM:
         Raises:
             UsageError: their tree or shapes differ, or requests are under way.
         """
-        _check_params(params, self.program.model)
+        params = placed(self.program, params)
         if self._made is not None:
             self._made.update(params)
         self._params = params
@@ -315,7 +356,7 @@ class LLM:
             )
         self.intake.check_ids([int(token) for token in tokens.ravel()])
         rows = tokens.reshape(-1, tokens.shape[-1]).astype(np.int32)
-        out = self._logits(self.program, self.params, rows)
+        out = self._logits(self.params, rows)
         return out.reshape(*tokens.shape, -1)
 
     def _request(self, prompt: Prompt, asked: SamplingParams, **fields: Any) -> Request:
@@ -434,26 +475,6 @@ def is_single(prompts: Any) -> bool:
     return isinstance(prompts, str) or (
         len(prompts) > 0 and all(isinstance(item, int | np.integer) for item in prompts)
     )
-
-
-def _check_params(params: Params, model: Model) -> None:
-    """Checks that arrays lie in the model's tree, each in its shape.
-
-    Raises:
-        UsageError: one is missing, left over or of another shape; the message names the first.
-    """
-
-    def shapes(tree: Params) -> dict[str, tuple[int, ...]]:
-        flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-        return {jax.tree_util.keystr(path): leaf.shape for path, leaf in flat}
-
-    found, expected = shapes(params), shapes(model.abstract_params())
-    for path in [*expected, *found]:
-        if found.get(path) != expected.get(path):
-            raise UsageError(
-                f"params{path} has shape {found.get(path)}, expected {expected.get(path)}; params "
-                "are laid out as Model(config, declare).abstract_params() with the same declare"
-            )
 
 
 def _print_compiled(what: str, seconds: float) -> None:

@@ -1,0 +1,127 @@
+"""Builds the program of a model for one device, or for the mesh of a layout.
+
+program = program_of(config, "bfloat16", kernel_set("xla"), layout)
+params = load_params(info, program.model, places_of(program))
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxserve.config import ModelConfig
+from jaxserve.errors import UsageError
+from jaxserve.layers.decoder import Model, Params
+from jaxserve.layers.param import Declare, Parameter, named_parameters, padded, tree_of
+from jaxserve.pallas_kernels import KernelSet
+from jaxserve.partitioning.collectives import LocalComm
+from jaxserve.partitioning.layout_file import Layout
+from jaxserve.partitioning.mesh import Sharding, make_mesh, places
+from jaxserve.serving.generation import Program, logits
+from jaxserve.serving.sharded import EVERYWHERE, param_specs, spread
+
+
+def program_of(
+    config: ModelConfig,
+    declare: Declare | str,
+    kernels: KernelSet,
+    layout: Layout | None = None,
+) -> Program:
+    """Returns the program of a model.
+
+    Args:
+        declare: how weights are stored, or a dtype, for what the devices do best. A mesh adds its
+            padding.
+        layout: None, or one of a single device, takes one device.
+
+    Raises:
+        UsageError: there are too few devices.
+    """
+    if isinstance(declare, str):
+        declare = Declare.best(jax.default_backend(), declare)
+        declare = replace(declare, fuse=declare.fuse and _one_device(layout))
+    if layout is None or _one_device(layout):
+        return Program(Model(config, declare), LocalComm(), kernels)
+    model = Model(config, replace(declare, padding=layout.padding))
+    return Program.on(model, kernels, make_mesh(layout.mesh), layout.prefill, layout.decode)
+
+
+def places_of(program: Program) -> Sharding | None:
+    """Returns where each parameter of a program lies, as `load_params` takes it."""
+    if program.mesh is None or program.layout is None:
+        return None
+    return places(program.mesh, program.layout)
+
+
+def placed(program: Program, params: Params) -> Params:
+    """Returns parameters as a program wants them: padded, and where they belong.
+
+    Args:
+        params: in the tree of `program.model`; each in the model's shape, or without its padding.
+
+    Raises:
+        UsageError: one is missing, left over or of another shape; the message names the first.
+    """
+    place, leaves = places_of(program), dict(named_parameters(program.model.module()))
+    found = {_path(keys): value for keys, value in jax.tree.leaves_with_path(params)}
+    for path in [*leaves, *found]:
+        expected = _shapes(leaves[path]) if path in leaves else [None]
+        shape = found[path].shape if path in found else None
+        if shape not in expected:
+            raise UsageError(
+                f"params{_written(path)} has shape {shape}, expected {expected[0]}; params are "
+                "laid out as Model(config, declare).abstract_params() with the same declare"
+            )
+    flat: list[tuple[Any, Any]] = []
+    for path, leaf in leaves.items():
+        value, shape = found[path], leaf.get_value().shape
+        if value.shape != shape:
+            value = padded(value, leaf.logical)
+        flat.append(
+            (path, value if place is None else jax.device_put(value, place(leaf.axes, shape)))
+        )
+    return tree_of(flat) if place is not None else params
+
+
+def spread_logits(program: Program) -> Callable[[Params, Array], Array]:
+    """Returns a function (params, tokens int32[B, L]) -> float32[B, L, V], as `logits`.
+
+    On a mesh sequences are added until they divide over it.
+    """
+    specs = None if program.mesh is None else (param_specs(program), EVERYWHERE)
+    whole = spread(program, partial(logits, program), specs, EVERYWHERE)
+    comm = program.of(decode_only=False).comm
+
+    def run(params: Params, tokens: Array) -> Array:
+        batch, length = tokens.shape
+        multiple = comm.token_multiple // math.gcd(comm.token_multiple, length)
+        extra = -batch % (comm.num_shards * multiple)
+        return whole(params, jnp.pad(tokens, ((0, extra), (0, 0))))[:batch]
+
+    return run
+
+
+def _shapes(leaf: Parameter) -> list[tuple[int, ...]]:
+    """Returns the shapes that a parameter may have: with padding, and without."""
+    shape = tuple(leaf.get_value().shape)
+    real = tuple(axis.real for axis in leaf.logical)
+    return [shape, shape[: len(shape) - len(real)] + real]
+
+
+def _path(keys: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(getattr(key, "key", key) for key in keys)
+
+
+def _written(path: tuple[Any, ...]) -> str:
+    return "".join(f"[{key!r}]" for key in path)
+
+
+def _one_device(layout: Layout | None) -> bool:
+    return layout is None or layout.mesh.num_devices == 1
