@@ -104,9 +104,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--out", type=Path, help="JSON; a .png beside it shows the load")
     parser.add_argument(
-        "--rates", type=_numbers, default="1,2,3,4,5", help="requests per second; '' for none"
+        "--rates", type=_numbers, default="1,2,4,6,8", help="requests per second; '' for none"
     )
-    parser.add_argument("--seconds", type=float, default=25.0, help="of arrivals at each rate")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of arrivals at each rate")
     parser.add_argument("--scale", type=float, default=0.25, help="factor on the mean lengths")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--slo-ttft", type=float, default=0.5, help="seconds")
@@ -120,7 +120,7 @@ def _options() -> argparse.Namespace:
         default="1,0",
         help="cores that vLLM leaves to its scheduler; of several the faster is measured",
     )
-    parser.add_argument("--rounds", type=int, default=3, help="of the overhead; 0 for none")
+    parser.add_argument("--rounds", type=int, default=5, help="of the overhead; 0 for none")
     parser.add_argument("--tokens", type=int, default=128, help="of each stream of the overhead")
     return parser.parse_args()
 
@@ -182,7 +182,7 @@ def _load(
     _warm_up(ours, theirs)
     rates = []
     for index, rate in enumerate(options.rates):
-        one = replace(job, rates=(rate,), seed=options.seed + index)
+        one = replace(job, rates=(rate,), variant=index)
         _say(f"{rate:g} requests a second: ours")
         with theirs.paused() if theirs else nullcontext():
             row = {"rate": rate, "ours": _run(OpenAITarget(ours.url), one)}
@@ -368,7 +368,7 @@ def _load_lines(load: dict[str, Any]) -> Iterator[str]:
     slo = load["slo"]
     yield f"good: TTFT <= {slo['ttft_s']:g} s and TPOT <= {1e3 * slo['tpot_s']:g} ms"
     yield (
-        f"{'rate':>5} {'':<9}{'good/s':>8}{'tokens/s':>10}"
+        f"{'rate':>5} {'':<9}{'good/s':>8}{'kept':>7}{'tokens/s':>10}"
         f"{'TTFT p50':>10}{'p99 ms':>8}{'TPOT p50':>10}{'p99 ms':>8}"
     )
     for row in load["rates"]:
@@ -376,6 +376,7 @@ def _load_lines(load: dict[str, Any]) -> Iterator[str]:
             run = row[name]
             yield (
                 f"{row['rate']:>5g} {name:<9}{run['goodput']['requests_per_s']:>8.2f}"
+                f"{run['goodput']['fraction']:>7.0%}"
                 f"{run['output_tokens_per_s']:>10.1f}{_ms(run['ttft_s'], 'p50'):>10}"
                 f"{_ms(run['ttft_s'], 'p99'):>8}{_ms(run['tpot_s'], 'p50'):>10}"
                 f"{_ms(run['tpot_s'], 'p99'):>8}"

@@ -37,6 +37,7 @@ class ServeJob:
         requests: how many for each rate.
         duration_s: instead: as many as the rate brings in this time.
         seed, scale: of the trace; see `TraceSpec`.
+        variant: of the first rate's trace; those after it count on.
         slo: limits of a good request.
         concurrency: most requests open at once; None sets no limit.
         context, vocab_size: bounds of the trace, instead of what the server tells.
@@ -47,6 +48,7 @@ class ServeJob:
     duration_s: float | None = None
     seed: int = 0
     scale: float = 1.0
+    variant: int = 0
     slo: Slo = field(default_factory=Slo)
     concurrency: int | None = None
     context: int | None = None
@@ -77,7 +79,7 @@ class ServeJob:
                 scale=self.scale,
                 variant=variant,
             )
-            for variant, rate in enumerate(self.rates)
+            for variant, rate in enumerate(self.rates, self.variant)
         ]
 
     def _count(self, rate: float | None) -> int:
