@@ -21,12 +21,12 @@ import platform
 import re
 from collections.abc import Sequence
 from functools import cache
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import jax
-import jaxlib
 from jax import export
 
 import jaxserve
@@ -49,7 +49,7 @@ class ProgramStore:
         self._folder = folder
 
     @classmethod
-    def of(cls, parts: Sequence[str], device: jax.Device) -> Self | None:
+    def of(cls, parts: Sequence[str], device: Any) -> Self | None:
         """Returns the store of programs that follow from `parts`; None where none may be kept.
 
         Args:
@@ -135,7 +135,7 @@ def _private(path: Path) -> bool:
     return stat.st_uid == os.getuid() and not stat.st_mode & 0o022
 
 
-def _surroundings(device: jax.Device) -> list[str]:
+def _surroundings(device: Any) -> list[str]:
     """Returns what every program follows from: sources, versions, device, options."""
     options = {
         name: value
@@ -146,7 +146,7 @@ def _surroundings(device: jax.Device) -> list[str]:
     client = device.client
     return [
         _sources(),
-        *(jax.__version__, jaxlib.__version__, platform.python_version()),
+        *(jax.__version__, metadata.version("jaxlib"), platform.python_version()),
         *(device.platform, device.device_kind, client.platform_version, _processor()),
         str(jax.device_count()),
         *flags,

@@ -40,17 +40,24 @@ def set_up(endpoint: str, model_name: str, processor: Any = None) -> None:
     try:
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+        processor = processor or _exporter(endpoint)
     except ImportError as error:
         raise ConfigError("traces need OpenTelemetry; install jaxserve[otel]") from error
-    if processor is None:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-
-        processor = BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint))
     resource = Resource.create({"service.name": "jaxserve", "gen_ai.request.model": model_name})
     _State.provider = TracerProvider(resource=resource)
     _State.provider.add_span_processor(processor)
     _State.tracer = _State.provider.get_tracer("jaxserve")
+
+
+def _exporter(endpoint: str) -> Any:
+    """Returns what sends spans to an address, in batches."""
+    from opentelemetry.exporter.otlp.proto.http import (  # pyright: ignore[reportMissingImports]
+        trace_exporter,
+    )
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    return BatchSpanProcessor(trace_exporter.OTLPSpanExporter(endpoint=endpoint))
 
 
 def shut_down() -> None:

@@ -1,11 +1,13 @@
 """Spans of requests, where OpenTelemetry is installed."""
 
 import asyncio
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from jaxserve.errors import ConfigError
 from jaxserve.serving import tracing
 from jaxserve.serving.answer import Answer
 from jaxserve.serving.fake_service import fake_service
@@ -59,3 +61,9 @@ def test_without_a_header_a_request_begins_a_trace(spans: Any) -> None:
     asyncio.run(work())
     (span,) = [span for span in spans.get_finished_spans() if span.name == "generate"]
     assert span.parent is None
+
+
+def test_without_the_exporter_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http", None)
+    with pytest.raises(ConfigError, match=r"install jaxserve\[otel\]"):
+        tracing.set_up("http://localhost:4318/v1/traces", "fake")

@@ -1,6 +1,7 @@
 """Frames between server and engine, whole, in pieces and damaged."""
 
 from itertools import pairwise
+from typing import Any
 
 import msgspec
 import pytest
@@ -60,10 +61,11 @@ FROM_ENGINE_MESSAGES = [
 
 @given(st.lists(st.integers(0, 400), max_size=12))
 def test_messages_arrive_however_the_stream_is_cut(cuts: list[int]) -> None:
-    for decoder, messages in (
+    sides: list[tuple[Any, list[Any]]] = [
         (FROM_SERVER, FROM_SERVER_MESSAGES),
         (FROM_ENGINE, FROM_ENGINE_MESSAGES),
-    ):
+    ]
+    for decoder, messages in sides:
         data = b"".join(map(frame, messages))
         places = sorted({0, len(data), *(cut % len(data) for cut in cuts)})
         reader = FrameReader(decoder)
