@@ -423,6 +423,8 @@ def _plot(load: dict[str, Any], path: Path) -> None:
     ):
         axes.axhline(1e3 * limit_s, color="grey", ls="--", lw=0.8)
         axes.set(title=name, xlabel="offered per second", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     for axes in panels:
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
