@@ -7,21 +7,20 @@ memory_plan(made.runner)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-
-import jax
 
 from jaxserve.checkpoint import inspect
 from jaxserve.checkpoint.locate import locate
 from jaxserve.compile_cache import enable as enable_compile_cache
-from jaxserve.layers.decoder import Model
-from jaxserve.layers.param import Declare
+from jaxserve.config import ModelConfig
 from jaxserve.pallas_kernels import kernel_set
-from jaxserve.partitioning.collectives import LocalComm
+from jaxserve.partitioning.devices import use_devices
+from jaxserve.partitioning.layout_file import Layout
 from jaxserve.serving.build import ModelEngine
-from jaxserve.serving.generation import Program
 from jaxserve.serving.model_files import run_dtype
 from jaxserve.serving.options import EngineOptions
+from jaxserve.serving.placing import program_of, sized
 
 
 def engine_ahead(
@@ -29,14 +28,22 @@ def engine_ahead(
     dtype: str | None = None,
     backend: str = "xla",
     options: EngineOptions | None = None,
+    layout: Callable[[ModelConfig, str], Layout | None] | None = None,
+    devices: str | None = None,
 ) -> ModelEngine:
     """Returns the engine that `load` would make, its weights only shapes.
 
     It compiles, and tells what it takes; it cannot run. See `api.load` for the arguments.
+
+    Args:
+        layout: given the model's configuration and dtype, returns what lies where on a mesh.
     """
+    if devices is not None:
+        use_devices(devices)
     enable_compile_cache()
     info = inspect(locate(model))
-    declare = Declare.best(jax.default_backend(), run_dtype(dtype, info.dtype))
-    abstract = Model(info.config, declare)
-    program = Program(abstract, LocalComm(), kernel_set(backend))
-    return ModelEngine.create(program, abstract.abstract_params(), options or EngineOptions())
+    running = run_dtype(dtype, info.dtype)
+    chosen = None if layout is None else layout(info.config, running)
+    program = program_of(info.config, running, kernel_set(backend), chosen)
+    params = program.model.abstract_params()
+    return ModelEngine.create(program, params, sized(options or EngineOptions(), chosen))

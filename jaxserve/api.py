@@ -41,7 +41,7 @@ from jaxserve.serving.engine import Engine
 from jaxserve.serving.intake import Intake, Prompt
 from jaxserve.serving.model_files import has_tokenizer, run_dtype
 from jaxserve.serving.options import EngineOptions
-from jaxserve.serving.placing import placed, places_of, program_of, spread_logits
+from jaxserve.serving.placing import placed, places_of, program_of, sized, spread_logits
 from jaxserve.serving.request import Completion, Request, SamplingParams, TokenEvent
 from jaxserve.serving.runner import CompileReport, ModelRunner
 from jaxserve.tokenizer import Tokenizer
@@ -181,7 +181,7 @@ class LLM:
         self.program = program
         self._layout = layout
         self._params = placed(program, params)
-        self._options = EngineOptions() if engine is None else engine
+        self._options = sized(EngineOptions() if engine is None else engine, layout)
         self._on_compile = on_compile
         self._made: ModelEngine | None = None
         self._num_requests = 0

@@ -19,11 +19,20 @@ import typer
 
 from jaxserve.benchmark.cli import app as bench
 from jaxserve.errors import JaxserveError, UsageError
+from jaxserve.mesh_cli import (
+    AttentionOption,
+    DevicesOption,
+    LayoutOption,
+    MeshOption,
+    PrefillLayoutOption,
+    Sharding,
+)
 from jaxserve.serve_cli import serve
 
 if TYPE_CHECKING:
     from jaxserve.api import LLM, TextStream
     from jaxserve.serving.options import EngineOptions
+    from jaxserve.serving.runner import ModelRunner
 
 app = typer.Typer(
     name="jaxserve",
@@ -93,6 +102,11 @@ def generate(
     model: ModelOption = "tiny",
     dtype: DtypeOption = None,
     backend: BackendOption = "xla",
+    mesh: MeshOption = None,
+    layout: LayoutOption = None,
+    prefill_layout: PrefillLayoutOption = None,
+    attention: AttentionOption = None,
+    devices: DevicesOption = None,
     max_tokens: MaxTokensOption = None,
     min_tokens: Annotated[int | None, typer.Option(help="shortest completion, in tokens")] = None,
     temperature: TemperatureOption = None,
@@ -134,7 +148,8 @@ def generate(
     if logprobs is not None and not json_output:
         raise UsageError(f"--logprobs {logprobs} is shown only with --json; add --json")
     text = _prompt(prompt)
-    llm = _load(model, dtype, backend, quiet)
+    sharding = Sharding(mesh, layout, prefill_layout, attention)
+    llm = _load(model, dtype, backend, sharding, devices, quiet)
     stream = llm.stream(text, params)
     if json_output:
         for _ in stream:
@@ -150,6 +165,11 @@ def chat(
     model: ModelOption = "tiny",
     dtype: DtypeOption = None,
     backend: BackendOption = "xla",
+    mesh: MeshOption = None,
+    layout: LayoutOption = None,
+    prefill_layout: PrefillLayoutOption = None,
+    attention: AttentionOption = None,
+    devices: DevicesOption = None,
     max_tokens: MaxTokensOption = None,
     temperature: TemperatureOption = None,
     top_k: TopKOption = None,
@@ -174,7 +194,8 @@ def chat(
         seed=seed,
         stop=tuple(stop or ()),
     )
-    llm = _load(model, dtype, backend, quiet)
+    sharding = Sharding(mesh, layout, prefill_layout, attention)
+    llm = _load(model, dtype, backend, sharding, devices, quiet)
     if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
         raise UsageError(f"--model {model} has no chat template; use jaxserve generate")
     messages: list[dict[str, str]] = []
@@ -199,6 +220,11 @@ def compile_ahead(
     model: ModelOption = "tiny",
     dtype: DtypeOption = None,
     backend: BackendOption = "xla",
+    mesh: MeshOption = None,
+    layout: LayoutOption = None,
+    prefill_layout: PrefillLayoutOption = None,
+    attention: AttentionOption = None,
+    devices: DevicesOption = None,
     max_sequences: MaxSequencesOption = 32,
     max_step_tokens: MaxStepTokensOption = 512,
     kv_mib: KvMibOption = None,
@@ -211,7 +237,8 @@ def compile_ahead(
     from jaxserve.progress import Show, Unit, reporter
 
     options = _engine_options(max_sequences, max_step_tokens, kv_mib)
-    runner = engine_ahead(model, dtype, backend, options).runner
+    sharding = Sharding(mesh, layout, prefill_layout, attention)
+    runner = engine_ahead(model, dtype, backend, options, sharding.choose, devices).runner
     began = time.perf_counter()
     progress = reporter(Show.SILENT if quiet else Show.AUTO)
     with progress.task("compiling", runner.num_executables, Unit.ITEMS) as advance:
@@ -232,6 +259,11 @@ def info(
     ] = False,
     dtype: DtypeOption = None,
     backend: BackendOption = "xla",
+    mesh: MeshOption = None,
+    layout: LayoutOption = None,
+    prefill_layout: PrefillLayoutOption = None,
+    attention: AttentionOption = None,
+    devices: DevicesOption = None,
     max_sequences: MaxSequencesOption = 32,
     max_step_tokens: MaxStepTokensOption = 512,
     kv_mib: KvMibOption = None,
@@ -243,8 +275,12 @@ def info(
     from jaxserve.info import describe, table
 
     if serve:
+        from jaxserve.ahead import engine_ahead
+
         options = _engine_options(max_sequences, max_step_tokens, kv_mib)
-        _print_memory(model, dtype, backend, options, json_output)
+        sharding = Sharding(mesh, layout, prefill_layout, attention)
+        made = engine_ahead(model, dtype, backend, options, sharding.choose, devices)
+        _print_memory(made.runner, options, json_output)
         return
     facts = describe(inspect(locate(model)))
     if json_output:
@@ -277,16 +313,12 @@ def _engine_options(max_sequences: int, max_step_tokens: int, kv_mib: int | None
     )
 
 
-def _print_memory(
-    model: str, dtype: str | None, backend: str, options: EngineOptions, as_json: bool
-) -> None:
-    """Prints the memory plan of an engine and what it has room for."""
+def _print_memory(runner: ModelRunner, options: EngineOptions, as_json: bool) -> None:
+    """Prints the memory plan of an engine, on each device, and what it has room for."""
     from dataclasses import asdict
 
-    from jaxserve.ahead import engine_ahead
     from jaxserve.serving.memory_plan import device_memory, memory_plan
 
-    runner = engine_ahead(model, dtype, backend, options).runner
     runner.compile_largest()
     plan = memory_plan(runner, device_memory())
     room = runner.geometry.num_tokens
@@ -296,10 +328,20 @@ def _print_memory(
         typer.echo(f"{plan.table()}\nroom for {room:,} tokens of {options.max_sequences} sequences")
 
 
-def _load(model: str, dtype: str | None, backend: str, quiet: bool) -> LLM:
+def _load(
+    model: str,
+    dtype: str | None,
+    backend: str,
+    sharding: Sharding,
+    devices: str | None,
+    quiet: bool,
+) -> LLM:
+    from dataclasses import asdict
+
     from jaxserve.api import load
 
-    return load(model, dtype=dtype, backend=backend, show="silent" if quiet else "auto")
+    show = "silent" if quiet else "auto"
+    return load(model, dtype=dtype, backend=backend, devices=devices, show=show, **asdict(sharding))
 
 
 def _prompt(argument: str | None) -> str:

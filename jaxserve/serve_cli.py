@@ -11,6 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jaxserve.mesh_cli import (
+    AttentionOption,
+    DevicesOption,
+    LayoutOption,
+    MeshOption,
+    PrefillLayoutOption,
+    Sharding,
+)
+
 if TYPE_CHECKING:
     from jaxserve.serving.server_options import ServerOptions
     from jaxserve.serving.wire import Start
@@ -61,6 +70,11 @@ def serve(
         str | None, typer.Option(help="bfloat16 or float32; by default as the checkpoint")
     ] = None,
     backend: Annotated[str, typer.Option(help="kernels: xla or reference")] = "xla",
+    mesh: MeshOption = None,
+    layout: LayoutOption = None,
+    prefill_layout: PrefillLayoutOption = None,
+    attention: AttentionOption = None,
+    devices: DevicesOption = None,
     max_sequences: Annotated[int, typer.Option(help="sequences that run at once")] = 32,
     max_step_tokens: Annotated[int, typer.Option(help="tokens of one step")] = 512,
     kv_mib: Annotated[
@@ -133,16 +147,21 @@ def serve(
         from jaxserve.serving import tracing
 
         tracing.set_up(otel_endpoint, options.model_name)
-    launch = Start(model, dtype, backend, engine, options.log_json)
-    raise typer.Exit(asyncio.run(_run(launch, options, began_s)))
+    launch = Start(model, dtype, backend, engine, options.log_json, devices=devices)
+    sharding = Sharding(mesh, layout, prefill_layout, attention)
+    raise typer.Exit(asyncio.run(_run(launch, sharding, options, began_s)))
 
 
-async def _run(launch: Start, options: ServerOptions, began_s: float) -> int:
+async def _run(launch: Start, sharding: Sharding, options: ServerOptions, began_s: float) -> int:
     """Returns the exit status of the server."""
+    import msgspec
+
     from jaxserve.serving.model_files import ModelFiles
     from jaxserve.serving.supervisor import RemoteService
 
     files = ModelFiles.find(launch.model, launch.dtype)
+    layout = sharding.choose(files.info.config, files.dtype)
+    launch = msgspec.structs.replace(launch, layout=layout)
     name = options.model_name
     service = RemoteService(launch, files.intake(name), files.card(name))
     start = await service.launch()

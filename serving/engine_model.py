@@ -20,16 +20,14 @@ import jaxserve
 from jaxserve.checkpoint import load_params
 from jaxserve.compile_cache import enable as enable_compile_cache
 from jaxserve.errors import UnavailableError
-from jaxserve.layers.decoder import Model
-from jaxserve.layers.param import Declare
 from jaxserve.pallas_kernels import kernel_set
-from jaxserve.partitioning.collectives import LocalComm
+from jaxserve.partitioning.devices import use_devices
 from jaxserve.progress import Show, reporter
 from jaxserve.serving.build import ModelEngine
 from jaxserve.serving.engine_process import Made
-from jaxserve.serving.generation import Program
 from jaxserve.serving.memory_plan import device_memory, memory_plan
 from jaxserve.serving.model_files import ModelFiles
+from jaxserve.serving.placing import places_of, program_of, sized
 from jaxserve.serving.wire import Start
 
 
@@ -40,28 +38,29 @@ def build_model(start: Start, phase: Callable[[str], None]) -> Made:
         JaxserveError: the model cannot be loaded, or does not fit the device.
     """
     phase("device")
+    if start.devices is not None:
+        use_devices(start.devices)
     enable_compile_cache()
     platform = jax.devices()[0].platform
     phase("weights")
     files = ModelFiles.find(start.model, start.dtype)
     kernels = kernel_set(start.backend)
-    declare = Declare.best(platform, files.dtype)
-    program = Program(Model(files.info.config, declare), LocalComm(), kernels)
-    params = load_params(files.info, program.model, progress=reporter(Show.SILENT))
+    program = program_of(files.info.config, files.dtype, kernels, start.layout)
+    params = load_params(files.info, program.model, places_of(program), reporter(Show.SILENT))
     phase("compile")
-    made = ModelEngine.create(program, params, start.options)
+    made = ModelEngine.create(program, params, sized(start.options, start.layout))
     made.runner.warm_up()
     phase("memory plan")
     runner = made.runner
     return Made(
         made.engine,
-        _info(made, platform, files.dtype, start.backend),
+        _info(made, platform, files.dtype, start),
         lambda: runner.compiles_after_ready,
         partial(_trace, threading.Lock()),
     )
 
 
-def _info(made: ModelEngine, platform: str, dtype: str, backend: str) -> dict[str, Any]:
+def _info(made: ModelEngine, platform: str, dtype: str, start: Start) -> dict[str, Any]:
     """Returns what the engine tells of itself."""
     runner = made.runner
     plan = memory_plan(runner, device_memory())
@@ -69,10 +68,10 @@ def _info(made: ModelEngine, platform: str, dtype: str, backend: str) -> dict[st
         "versions": {"jaxserve": jaxserve.__version__, "jax": jax.__version__},
         "devices": [device.device_kind for device in jax.devices()],
         "platform": platform,
-        "mesh": {},
-        "layout": "one device",
+        "mesh": {} if start.layout is None else dict(start.layout.mesh.sizes),
+        "layout": "one device" if start.layout is None else str(start.layout),
         "dtype": dtype,
-        "kernels": backend,
+        "kernels": start.backend,
         "capacity": {
             "sequences": runner.num_slots,
             "kv_tokens": runner.geometry.num_tokens,

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 from jax import Array
 
 from jaxserve.config import ModelConfig
@@ -25,6 +26,7 @@ from jaxserve.partitioning.collectives import LocalComm
 from jaxserve.partitioning.layout_file import Layout
 from jaxserve.partitioning.mesh import Sharding, make_mesh, places
 from jaxserve.serving.generation import Program, logits
+from jaxserve.serving.options import EngineOptions
 from jaxserve.serving.sharded import EVERYWHERE, param_specs, spread
 
 
@@ -51,6 +53,25 @@ def program_of(
         return Program(Model(config, declare), LocalComm(), kernels)
     model = Model(config, replace(declare, padding=layout.padding))
     return Program.on(model, kernels, make_mesh(layout.mesh), layout.prefill, layout.decode)
+
+
+def sized(options: EngineOptions, layout: Layout | None) -> EngineOptions:
+    """Returns the options with the sizes that a layout was made for, where it says them.
+
+    Raises:
+        UsageError: other sizes were asked for.
+    """
+    if layout is None or layout.buckets is None:
+        return options
+    planned = msgspec.structs.asdict(layout.buckets)
+    for name, size in planned.items():
+        asked = getattr(options, name)
+        if asked not in (size, getattr(EngineOptions(), name)):
+            raise UsageError(
+                f"{name}={asked}, and the layout was made for {size}; leave {name} out, or change "
+                "the layout's buckets"
+            )
+    return replace(options, **planned)
 
 
 def places_of(program: Program) -> Sharding | None:

@@ -17,6 +17,7 @@ import msgspec
 
 from jaxserve import errors
 from jaxserve.errors import JaxserveError
+from jaxserve.partitioning.layout_file import Layout
 from jaxserve.serving.metrics import MetricsSnapshot
 from jaxserve.serving.options import EngineOptions
 from jaxserve.serving.request import Request, TokenEvent
@@ -42,6 +43,8 @@ class Start(msgspec.Struct, frozen=True, tag=True):
         options: sizes.
         log_json: log lines are JSON objects.
         launched_s: `time.monotonic()` when the process was launched.
+        layout: what lies where on a mesh; None takes one device.
+        devices: as `use_devices` takes them.
     """
 
     model: str
@@ -50,6 +53,8 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     options: EngineOptions = EngineOptions()
     log_json: bool = True
     launched_s: float = 0.0
+    layout: Layout | None = None
+    devices: str | None = None
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
