@@ -101,7 +101,8 @@ class FairByClient:
     Each client has an account in tokens over its weight. The next request is the oldest of the
     client with the lowest account, which is then charged with all the request may take; what it
     did not take is given back when it ends. A client that comes back after a pause starts from
-    the account of whoever was served last, so that nobody saves up a claim by waiting.
+    the account of whoever was served last, or from the lowest of those that wait if that is less,
+    so that nobody saves up a claim by waiting and nobody waits for another's whole queue.
 
     Source: start-time fair queueing, Goyal et al. 1996, with tokens as the service.
     """
@@ -125,8 +126,11 @@ class FairByClient:
         """Adds a request."""
         client = sequence.request.client
         if client not in self._waiting:
+            # What was given back may have left those that wait below whoever was served last.
+            lowest = min((self._accounts[other] for other in self._waiting), default=self._served)
+            start = min(self._served, lowest)
             self._waiting[client] = 0
-            self._accounts[client] = max(self._accounts.get(client, 0.0), self._served)
+            self._accounts[client] = max(self._accounts.get(client, 0.0), start)
             self._forget_low_accounts()
         self._waiting[client] += 1
         clients = self._queues.setdefault(sequence.request.priority, {})

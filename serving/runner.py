@@ -115,7 +115,8 @@ class StepResult:
 
     Attributes:
         tokens: of the rows that sample, in plan order.
-        ready_s: `time.perf_counter()` when they were there.
+        ready_s: `time.perf_counter()` when they were there; where they were there before anybody
+            looked, the last moment at which the device is known to have worked on them.
         counts: tokens of each such row; None means one each.
         logprobs: where a row asked for them.
     """
@@ -134,15 +135,23 @@ class _Places:
     tokens: list[int]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ticket:
-    """A step under way."""
+    """A step under way; the runner alone writes `busy_s`, when it was last seen unfinished."""
 
     output: StepOutput
     plan: StepPlan
     needs: Needs
     following: list[list[int]]
     places: _Places | None = None
+    busy_s: float = 0.0
+
+    def look(self) -> bool:
+        """Returns whether the step is finished, and notes the time if it is not."""
+        if self.output.tokens.is_ready():
+            return True
+        self.busy_s = time.perf_counter()
+        return False
 
 
 class CompiledLateError(JaxserveError):
@@ -192,6 +201,8 @@ class ModelRunner:
     def reset(self) -> None:
         """Forgets pages and slots; the next plan gets empty ones."""
         self._arrays: tuple[Any, SlotState] | None = None
+        self._newest: Ticket | None = None
+        self._last_ready_s = 0.0
         rows = self.num_slots + 1
         self._tables = [np.zeros((rows, width), np.int32) for width in self.geometry.widths]
         self._needs: Any = np.zeros(rows, np.int32)
@@ -211,6 +222,8 @@ class ModelRunner:
 
     def dispatch(self, plan: StepPlan) -> Ticket:
         """Returns a ticket for the plan's results, without waiting for them."""
+        if self._newest is not None:
+            self._newest.look()
         if self._arrays is None:
             self._arrays = self._empty()
         self._admit(plan.admissions)
@@ -231,7 +244,9 @@ class ModelRunner:
         output, *after = step(self.params, *self._arrays, packed)
         self._arrays = after[0], after[1]
         output.tokens.copy_to_host_async()
-        return Ticket(output, plan, wanted, following, places)
+        self._newest = Ticket(output, plan, wanted, following, places)
+        self._newest.look()
+        return self._newest
 
     def _packed(
         self, plan: StepPlan, wanted: Needs, last: list[int]
@@ -259,8 +274,11 @@ class ModelRunner:
 
     def collect(self, ticket: Ticket) -> StepResult:
         """Returns the results, once they are there."""
+        waits = not ticket.look()
         tokens = np.asarray(ticket.output.tokens)
-        ready = time.perf_counter()
+        # A step cannot have been done before the one before it was.
+        ready = time.perf_counter() if waits else max(ticket.busy_s, self._last_ready_s)
+        self._last_ready_s = ready
         plan = ticket.plan
         rows = [row for row, kind in enumerate(plan.kinds) if kind != RowKind.CHUNK]
         lie = rows if ticket.places is None else [ticket.places.rows[row] for row in rows]

@@ -109,6 +109,16 @@ def test_waiting_saves_up_no_claim() -> None:
     assert clients(policy, 8) in ("babababa", "abababab")
 
 
+def test_nobody_waits_for_the_whole_queue_of_a_client_that_was_given_back() -> None:
+    long = [waiting("a", max_tokens=4000) for _ in range(4)]
+    policy = filled(FairByClient({}), *long, *(waiting("a") for _ in range(100)))
+    assert clients(policy, 4) == "aaaa"
+    for sequence in long:
+        policy.refund(sequence, 3999)  # they ended after a token
+    policy.push(waiting("b"))
+    assert "b" in clients(policy, 2)
+
+
 def test_low_accounts_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policies, "REMEMBERED_CLIENTS", 4)
     policy = FairByClient({})

@@ -1,6 +1,7 @@
 """The runner under a real model: no compilation after ready, weights, failures, scores."""
 
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -114,6 +115,29 @@ def test_nothing_is_compiled_after_the_warm_up(program: Program, params: Params)
     assert any(event.logprobs for event in events)
     assert any(event.prompt_logprobs for event in events)
     assert any(event.sample_index > 0 for event in events)
+
+
+def test_a_host_that_is_slower_than_the_device_shows_as_a_gap(
+    program: Program, params: Params
+) -> None:
+    pause_s = 0.02
+    made = ModelEngine.create(program, params, EngineOptions(max_sequences=2, kv_bytes=1 << 20))
+    neutral = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "min_tokens": 0}
+    asked = SamplingParams.create(seed=0, max_tokens=30, repetition_penalty=1.0, **neutral)
+
+    def gap(sink: Callable[[TokenEvent], None]) -> float:
+        count = made.engine.metrics.host_gap_seconds.count
+        made.engine.submit(Request(id="r", prompt=(1, 2), params=asked, stop_ids=()), sink)
+        while made.engine.step():
+            pass
+        assert made.engine.metrics.host_gap_seconds.count > count
+        return made.engine.metrics.host_gap_seconds.p50
+
+    gap(lambda event: None)  # compiles
+    # Three of four steps come after a pause that one step's work cannot fill.
+    for _ in range(3):
+        found = gap(lambda event: time.sleep(pause_s))
+    assert pause_s / 2 < found < 10 * pause_s
 
 
 def test_a_late_compilation_is_counted_or_refused(program: Program, params: Params) -> None:
