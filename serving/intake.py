@@ -83,7 +83,8 @@ class Intake:
             fields: others of `Request`.
 
         Raises:
-            UsageError: the prompt is empty or malformed, or a parameter is out of range.
+            UsageError: the prompt is empty or malformed, a parameter is out of range, or all
+                allowed tokens are banned.
             ContextLengthError: prompt and max_tokens exceed the model's context.
             TokenizerError: the model has no tokenizer, and there is text.
         """
@@ -107,12 +108,15 @@ class Intake:
                 "the default or what the context leaves; set max_tokens or lower min_tokens"
             )
         eos = () if params.ignore_eos else self.eos_token_ids
+        stop_ids = tuple(sorted({*eos, *params.stop_token_ids}))
+        bad_word_ids = self._bad_words(params.bad_words)
+        _check_allowed(params, stop_ids, bad_word_ids)
         return Request(
             id=uuid.uuid4().hex if id is None else id,
             prompt=tuple(ids),
             params=params,
-            stop_ids=tuple(sorted({*eos, *params.stop_token_ids})),
-            bad_word_ids=self._bad_words(params.bad_words),
+            stop_ids=stop_ids,
+            bad_word_ids=bad_word_ids,
             **fields,
         )
 
@@ -224,12 +228,32 @@ class Intake:
                 ids = tuple(self.tokenizer.encode(text, add_special_tokens=False))
                 if len(ids) > MAX_BAD_WORD_TOKENS:
                     raise UsageError(
-                        f"bad word {word!r} has {len(ids)} tokens; at most {MAX_BAD_WORD_TOKENS} "
+                        f"bad_words: {word!r} has {len(ids)} tokens; at most {MAX_BAD_WORD_TOKENS} "
                         "are supported"
                     )
                 if ids:
                     forms[ids] = None
         return tuple(forms)
+
+
+def _check_allowed(
+    params: SamplingParams, stop_ids: Sequence[int], bad_word_ids: Sequence[tuple[int, ...]]
+) -> None:
+    """Checks that the first token of a completion can be one of those that are allowed."""
+    if not params.allowed_token_ids:
+        return
+    banned = {word[0] for word in bad_word_ids if len(word) == 1}
+    left = set(params.allowed_token_ids) - banned
+    if not left:
+        raise UsageError(
+            f"allowed_token_ids={params.allowed_token_ids!r:.80} are all banned by bad_words; "
+            "allow another token or take a word out"
+        )
+    if params.min_tokens and left <= set(stop_ids):
+        raise UsageError(
+            f"allowed_token_ids={params.allowed_token_ids!r:.80} leave only stop tokens, which "
+            f"min_tokens={params.min_tokens} forbids; allow another token or use min_tokens=0"
+        )
 
 
 def sampling_defaults(defaults: GenerationDefaults) -> dict[str, Any]:

@@ -31,6 +31,7 @@ MAX_STOP_TOKENS = 64
 MAX_STOP_IDS = 128  # with the model's own
 MAX_ALLOWED_TOKENS = 1024
 MAX_BAD_WORDS = 32
+MAX_BAD_WORD_FORMS = 2 * MAX_BAD_WORDS  # a word alone, and after a space
 MAX_BAD_WORD_TOKENS = 8
 
 
@@ -49,7 +50,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         frequency_penalty: subtracted per occurrence in the output; [-2, 2].
         logit_bias: token id -> added to its logit, clamped to +-100; up to 1024 tokens.
         allowed_token_ids: no other token is taken, up to 1024; empty allows all.
-        bad_words: strings that never appear in the output, up to 32.
+        bad_words: words, up to 32, whose own tokens never appear in the output, neither those of
+            the word alone nor those of the word after a space; the same text spelled with other
+            tokens may.
         seed: int64; None draws one, which is returned with the completion.
         max_tokens: longest completion; None takes the model's default, and without one whatever the
             caller has for it (`LLM` takes 128).
@@ -172,7 +175,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         params: resolved, with seed and max_tokens.
         stop_ids: tokens that end a completion: the model's own and those of the parameters, up to
             128.
-        bad_word_ids: token sequences that are never completed, up to 32 of 1 to 8 tokens.
+        bad_word_ids: token sequences that are never completed, up to 64 of 1 to 8 tokens; two for
+            each of the parameters' `bad_words`.
         priority: lower goes first.
         client: whose share of the machine this takes, under fair queueing.
         salt: prompts share cached pages only with those of the same salt.
@@ -207,15 +211,16 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise UsageError(
                 f"stop_ids has {len(self.stop_ids)} tokens; at most {MAX_STOP_IDS} are allowed"
             )
-        if len(self.bad_word_ids) > MAX_BAD_WORDS:
+        if len(self.bad_word_ids) > MAX_BAD_WORD_FORMS:
             raise UsageError(
-                f"bad_word_ids has {len(self.bad_word_ids)} entries; "
-                f"at most {MAX_BAD_WORDS} are allowed"
+                f"bad_words are {len(self.bad_word_ids)} token sequences (bad_word_ids); "
+                f"at most {MAX_BAD_WORD_FORMS} are allowed"
             )
         for word in self.bad_word_ids:
             if not 1 <= len(word) <= MAX_BAD_WORD_TOKENS:
                 raise UsageError(
-                    f"a bad word has {len(word)} tokens; it must have 1 to {MAX_BAD_WORD_TOKENS}"
+                    f"bad_words: one of bad_word_ids has {len(word)} tokens; "
+                    f"it must have 1 to {MAX_BAD_WORD_TOKENS}"
                 )
         if not 1 <= self.beam_width <= MAX_N:
             raise UsageError(

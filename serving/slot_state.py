@@ -22,8 +22,8 @@ from jax import Array, lax
 
 from jaxserve.serving.request import (
     MAX_ALLOWED_TOKENS,
+    MAX_BAD_WORD_FORMS,
     MAX_BAD_WORD_TOKENS,
-    MAX_BAD_WORDS,
     MAX_BIASED_TOKENS,
     MAX_STOP_IDS,
     Request,
@@ -78,7 +78,7 @@ class SlotState:
         history: int32[S + 1, C], tokens of sequences that penalties or bad words look at.
         listed_ids, listed_bias: [S + 1, MAX_LISTED_TOKENS], tokens with a bias of their own, -1
             past the end; where ONLY_LISTED, no other token may be drawn.
-        bad_words: int32[S + 1, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS], -1 before a word's start.
+        bad_words: int32[S + 1, MAX_BAD_WORD_FORMS, MAX_BAD_WORD_TOKENS], -1 before a word's start.
     """
 
     last_token: Array
@@ -100,7 +100,7 @@ class SlotState:
             history=jnp.zeros((rows, history_tokens), jnp.int32),
             listed_ids=jnp.full((rows, MAX_LISTED_TOKENS), -1, jnp.int32),
             listed_bias=jnp.zeros((rows, MAX_LISTED_TOKENS), jnp.float32),
-            bad_words=jnp.full((rows, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS), -1, jnp.int32),
+            bad_words=jnp.full((rows, MAX_BAD_WORD_FORMS, MAX_BAD_WORD_TOKENS), -1, jnp.int32),
         )
 
     def floats(self, slots: Array, column: Column) -> Array:
@@ -114,7 +114,7 @@ class Vocabulary(NamedTuple):
     Attributes:
         history: int32[A, C].
         listed_ids, listed_bias: [A, MAX_LISTED_TOKENS].
-        bad_words: int32[A, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS].
+        bad_words: int32[A, MAX_BAD_WORD_FORMS, MAX_BAD_WORD_TOKENS].
     """
 
     history: Any
@@ -201,7 +201,7 @@ def vocabulary_rows(
         np.zeros((rows, history_tokens), np.int32),
         np.full((rows, MAX_LISTED_TOKENS), -1, np.int32),
         np.zeros((rows, MAX_LISTED_TOKENS), np.float32),
-        np.full((rows, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS), -1, np.int32),
+        np.full((rows, MAX_BAD_WORD_FORMS, MAX_BAD_WORD_TOKENS), -1, np.int32),
     )
     for row, (request, known) in enumerate(zip(requests, tokens, strict=True)):
         early = known[:history_tokens]

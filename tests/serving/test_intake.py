@@ -10,7 +10,8 @@ from jaxserve.checkpoint.generation_config import GenerationDefaults
 from jaxserve.errors import ContextLengthError, TokenizerError, UsageError
 from jaxserve.serving.fake_service import CONTEXT, END_ID, byte_tokenizer, fake_intake
 from jaxserve.serving.intake import DEFAULT_MAX_TOKENS, Intake
-from jaxserve.serving.request import SamplingParams
+from jaxserve.serving.request import MAX_BAD_WORD_FORMS, MAX_BAD_WORDS, SamplingParams
+from jaxserve.serving.slot_state import vocabulary_rows
 
 INTAKE = fake_intake()
 
@@ -49,7 +50,20 @@ def test_ends_of_text_count_unless_they_are_ignored() -> None:
         ("a", {"logit_bias": {300: 1}}, UsageError, "300 is outside"),
         ("a" * CONTEXT, {}, ContextLengthError, "shorten it to at most 511"),
         ("a", {"max_tokens": CONTEXT}, ContextLengthError, "max_tokens up to 511"),
-        ("a", {"bad_words": ("123456789",)}, UsageError, "has 9 tokens; at most 8"),
+        ("a", {"bad_words": ("123456789",)}, UsageError, "bad_words: .* has 9 tokens; at most 8"),
+        ("a", {"allowed_token_ids": (97, 32), "bad_words": ("a", " ")}, UsageError, "all banned"),
+        ("a", {"allowed_token_ids": (END_ID,), "min_tokens": 1}, UsageError, "only stop tokens"),
+        (
+            "a",
+            {
+                "allowed_token_ids": (97, 98, END_ID),
+                "bad_words": ("b",),
+                "stop_token_ids": (97,),
+                "min_tokens": 1,
+            },
+            UsageError,
+            "leave only stop tokens, which min_tokens=1 forbids",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_refused(
@@ -57,6 +71,30 @@ def test_what_cannot_be_served_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         INTAKE.request(prompt, SamplingParams(**fields))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"allowed_token_ids": (END_ID,)},
+        {"allowed_token_ids": (END_ID,), "min_tokens": 1, "ignore_eos": True},
+        {"allowed_token_ids": (END_ID, 97), "min_tokens": 1},
+        {"allowed_token_ids": (97, 98), "bad_words": ("a", "bc")},
+        {"bad_words": ("a",), "min_tokens": 1},
+    ],
+)
+def test_constraints_that_leave_a_token_are_taken(fields: dict[str, Any]) -> None:
+    assert INTAKE.request("a", SamplingParams(**fields)).params.n == 1
+
+
+def test_thirty_two_bad_words_have_two_forms_each() -> None:
+    words = tuple(f"w{number}" for number in range(MAX_BAD_WORDS))
+    request = INTAKE.request("ab", SamplingParams(bad_words=words))
+    forms = {tuple(form.encode()) for word in words for form in (word, f" {word}")}
+    assert set(request.bad_word_ids) == forms
+    assert len(request.bad_word_ids) == MAX_BAD_WORD_FORMS == 64
+    rows = vocabulary_rows([request], [request.prompt], 4).bad_words[0]
+    assert {tuple(row[row >= 0].tolist()) for row in rows} == forms
 
 
 def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(
