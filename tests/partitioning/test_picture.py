@@ -1,6 +1,8 @@
 """A layout as text and as a picture says what is where."""
 
+import runpy
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -77,3 +79,11 @@ def test_the_picture_is_an_image_of_every_cell(mesh) -> None:
 def test_the_picture_needs_no_devices() -> None:
     assert np.prod((4, 4, 3)) > len(jax.devices())
     assert "<svg" in view((4, 4, 3))._repr_html_()
+
+
+def test_the_pictures_of_the_documentation_are_new() -> None:
+    folder = Path(__file__).parents[2] / "docs" / "layouts"
+    drawn = runpy.run_path(str(folder / "draw.py"))["pictures"]()
+    assert {path.name for path in folder.glob("*.svg")} == drawn.keys()
+    for name, svg in drawn.items():
+        assert (folder / name).read_text() == svg, f"{name}: run python docs/layouts/draw.py"
