@@ -13,9 +13,9 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import msgspec
@@ -275,7 +275,8 @@ class LLM:
     ) -> TextStream:
         """Returns an iterator over the pieces of one completion as they are generated.
 
-        Its `completion` is there once it is exhausted.
+        Its `completion` is there once it is exhausted. Leaving it earlier ends the request: when
+        nothing refers to the iterator any more, with its `close()`, or at the end of a `with`.
         """
         if not is_single(prompt):
             raise UsageError("stream takes one prompt; use generate for a list of prompts")
@@ -423,22 +424,39 @@ class _Batch:
 
 
 class TextStream:
-    """The pieces of one completion, as they come; see `LLM.stream`."""
+    """The pieces of one completion, as they come; see `LLM.stream`.
+
+    Dropping it before its end ends the request, as `close` and leaving a `with` block do.
+    """
 
     def __init__(self, llm: LLM, request: Request) -> None:
-        self._engine = llm.engine
-        self._request = request
-        self._builder = CompletionBuilder(llm.tokenizer, request)
-        self._pieces: deque[str] = deque()
-        self._iterator = self._run()
-        self.first_token_at = 0.0  # time.perf_counter() when the first token was there
+        # The engine keeps the reading, which knows neither this nor its iterator: so both are
+        # gone, and the request is over, as soon as nobody reads.
+        self._reading = _Reading(llm, request)
+        self._iterator = self._reading.pieces()
+
+    @property
+    def first_token_at(self) -> float:
+        """Returns time.perf_counter() when the first token was there; 0 before."""
+        return self._reading.first_token_at
 
     @property
     def completion(self) -> Completion:
-        """Returns the whole completion, once the stream is exhausted."""
-        if self._builder.finish_reason is None:
+        """Returns the whole completion, once the stream is exhausted or closed."""
+        builder = self._reading.builder
+        if builder.finish_reason is None:
             raise UsageError("the stream still runs; read it to its end first")
-        return self._builder.completion()
+        return builder.completion()
+
+    def close(self) -> None:
+        """Ends the request if it is not over; its completion then ends with "abort"."""
+        self._iterator.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
 
     def __iter__(self) -> Iterator[str]:
         return self._iterator
@@ -446,28 +464,44 @@ class TextStream:
     def __next__(self) -> str:
         return next(self._iterator)
 
-    def _run(self) -> Iterator[str]:
+
+class _Reading:
+    """What has come of a streamed request; the engine writes it, through `_push`."""
+
+    def __init__(self, llm: LLM, request: Request) -> None:
+        self._engine = llm.engine
+        self._request = request
+        self._ready: deque[str] = deque()
+        self.builder = CompletionBuilder(llm.tokenizer, request)
+        self.first_token_at = 0.0
+
+    def pieces(self) -> Generator[str]:
+        """Returns an iterator over the pieces, which runs the engine; closing it ends the request.
+
+        It holds this object, and must not be held by it.
+        """
         self._engine.submit(self._request, self._push)
         try:
-            while self._builder.finish_reason is None or self._pieces:
-                while self._pieces:
-                    yield self._pieces.popleft()
-                if self._builder.finish_reason is None:
+            while self.builder.finish_reason is None or self._ready:
+                while self._ready:
+                    yield self._ready.popleft()
+                if self.builder.finish_reason is None:
                     self._engine.step()
         finally:
-            if self._builder.finish_reason is None:  # nobody reads on
+            if self.builder.finish_reason is None:  # nobody reads on
                 self._engine.abort(self._request.id)
-                self._engine.step()
-        _ = self._builder.completion()  # a failed request raises its cause
+                if not self._engine.watch.busy:  # else garbage collected in the midst of a step
+                    self._engine.step()
+        _ = self.builder.completion()  # a failed request raises its cause
 
     def _push(self, event: TokenEvent) -> None:
         self.first_token_at = self.first_token_at or time.perf_counter()
-        if self._builder.finish_reason is not None:
+        if self.builder.finish_reason is not None:
             return
-        if piece := self._builder.push(event):
-            self._pieces.append(piece)
-        if self._builder.finish_reason is not None and event.finish_reason is None:
-            self._engine.finish(self._request.id, 0, self._builder.num_drawn)
+        if piece := self.builder.push(event):
+            self._ready.append(piece)
+        if self.builder.finish_reason is not None and event.finish_reason is None:
+            self._engine.finish(self._request.id, 0, self.builder.num_drawn)
 
 
 def is_single(prompts: Any) -> bool:

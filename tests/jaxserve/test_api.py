@@ -64,6 +64,53 @@ def test_a_stream_gives_the_text_of_generate(llm: js.LLM) -> None:
     assert stream.completion == whole
 
 
+def test_leaving_a_loop_over_a_stream_ends_its_request(llm: js.LLM) -> None:
+    for _ in llm.stream(PROMPTS[1], max_tokens=200, temperature=0, ignore_eos=True):
+        break
+    check_idle(llm)
+    llm.update(llm.params)  # refused while a request is under way
+
+
+def test_dropping_a_stream_ends_its_request(llm: js.LLM) -> None:
+    stream = llm.stream(PROMPTS[1], max_tokens=200, temperature=0, ignore_eos=True)
+    for _ in stream:
+        break
+    assert llm.engine.busy
+    del stream
+    check_idle(llm)
+
+
+def test_closing_a_stream_ends_its_request(llm: js.LLM) -> None:
+    with llm.stream(PROMPTS[1], max_tokens=200, temperature=0, ignore_eos=True) as stream:
+        read = [next(stream), next(stream)]
+        assert llm.engine.busy
+    check_idle(llm)
+    assert list(stream) == []
+    assert stream.completion.finish_reason == "abort"
+    assert stream.completion.text.startswith("".join(read))
+    stream.close()
+    llm.stream(PROMPTS[1]).close()  # was never begun
+    check_idle(llm)
+
+
+def test_a_stream_that_is_closed_in_the_midst_of_a_step_ends_with_the_next(llm: js.LLM) -> None:
+    stream = llm.stream(PROMPTS[1], max_tokens=200, temperature=0, ignore_eos=True)
+    next(stream)
+    llm.engine.after_events = stream.close  # as the garbage collector may
+    try:
+        llm.engine.step()
+    finally:
+        llm.engine.after_events = lambda: None
+    llm.engine.step()
+    check_idle(llm)
+
+
+def check_idle(llm: js.LLM) -> None:
+    """Checks that no request is under way, and none holds pages."""
+    assert not llm.engine.busy
+    assert not any(llm.engine.metrics.scheduler.pages_held)
+
+
 def test_n_gives_different_completions_that_the_seed_brings_back(llm: js.LLM) -> None:
     many = llm.generate(PROMPTS[0], n=3, max_tokens=16, temperature=1.0, seed=11)
     assert len({done.text for done in many}) > 1
