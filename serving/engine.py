@@ -146,9 +146,17 @@ class Engine:
         """Ends one sample by the next step, its output cut to `num_tokens`; it has no more events.
 
         For clients that find a stop string in the text.
+
+        Raises:
+            UsageError: the request is a beam search, whose beams end together.
         """
         with self._guard:
             if (entry := self._open.get(request_id)) is not None:
+                if entry.search is not None:
+                    raise UsageError(
+                        f"request {request_id!r} is a beam search, whose beams end together; "
+                        "abort it instead"
+                    )
                 self._inbox.append(_Finish(entry, sample_index, num_tokens))
                 self._wake()
 

@@ -171,12 +171,22 @@ class Scheduler:
 
     def finish(self, request_id: str, sample_index: int, num_tokens: int) -> None:
         """Ends a completion whose output the client cut to `num_tokens`; none if it is over."""
-        for sequence in self._open.get(request_id, ()):
+        sequences = self._open.get(request_id, ())
+        if sequences and sequences[0].request.params.n > 1 and not sequences[0].forked:
+            self._drop_unstarted(sequences[0], sample_index)
+            return
+        for sequence in sequences:
             if sequence.sample_index == sample_index:
                 self._keep_known(sequence)
                 del sequence.tokens[sequence.num_prompt + num_tokens :]
                 self._close(sequence)
                 return
+
+    def _drop_unstarted(self, first: Sequence, sample_index: int) -> None:
+        """Notes that a sample ends when all start; until then the first one reads their prompt."""
+        first.dropped |= {sample_index}
+        if first.dropped.issuperset(range(first.request.params.n)):
+            self.abort(first.request.id)
 
     def reset(self) -> list[Sequence]:
         """Returns the open sequences, finished; queue, slots, pages and flights are empty.
@@ -585,12 +595,17 @@ class Scheduler:
         first.forked = True
         priority, admission, _ = _rank(first)
         for index in range(1, n):
+            if index in first.dropped:
+                self._policy.refund(first, first.max_length - first.num_prompt)
+                continue
             other = Sequence(first.request, index, first.max_length, first.arrival)
             other.rank = (priority, admission, index)
             other.forked = True
             other.cached_tokens = first.cached_tokens
             siblings.append(other)
             insort(self._front, other, key=_rank)
+        if first.sample_index in first.dropped:
+            self._close(first)
 
     # A step is over.
 

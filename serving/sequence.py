@@ -59,6 +59,7 @@ class Sequence:
         ready_after: preempted: results of plans up to this number are still to come.
         row_plan, row_start: number and start of its newest row with tokens from the host.
         forked: the request's other samples were started.
+        dropped: samples, of those that it has still to start or its own, that nobody wants.
         sampled: a beam that waits for `advance`.
         set_up_again: the slot's parameters are to be set up before the next row.
         parent, num_common: a beam in the same step, and the leading tokens shared with it.
@@ -70,6 +71,7 @@ class Sequence:
         "check_at",
         "computed",
         "digests",
+        "dropped",
         "edge",
         "forked",
         "max_length",
@@ -122,6 +124,7 @@ class Sequence:
         self.row_plan = 0
         self.row_start = 0
         self.forked = False
+        self.dropped: frozenset[int] = frozenset()
         self.sampled = False
         self.set_up_again = False
         self.parent: Sequence | None = None

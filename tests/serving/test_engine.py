@@ -393,6 +393,58 @@ def test_a_finished_sample_has_no_more_events_and_the_others_go_on() -> None:
     bench.check_empty()
 
 
+def finished_early(asked: Request, steps: int, samples: Sequence[int], **changes: Any) -> Bench:
+    """Returns an engine that served a request whose samples were finished after so many steps."""
+    bench = Bench(**changes)
+    bench.submit(asked)
+    for _ in range(steps):
+        bench.engine.step()
+    assert not bench.log.events
+    for sample in samples:
+        bench.engine.finish(asked.id, sample, 0)
+    bench.run(request("other", prompt=(5, 6), max_tokens=20))
+    bench.check(request("other", prompt=(5, 6), max_tokens=20))
+    bench.check_empty()
+    assert bench.engine.metrics.failures == 0
+    return bench
+
+
+@pytest.mark.parametrize("prefix_cache", [False, True])
+@pytest.mark.parametrize("steps", [0, 1, 2])
+@pytest.mark.parametrize("samples", [(0,), (1,), (0, 2), (1, 2)])
+def test_samples_finished_before_they_start_leave_the_others_alone(
+    samples: tuple[int, ...], steps: int, prefix_cache: bool
+) -> None:
+    asked = request("a", prompt=range(1, 60), n=3, prompt_logprobs=2)
+    bench = finished_early(asked, steps, samples, prefix_cache=prefix_cache)
+    left = {0, 1, 2} - set(samples)
+    assert {event.sample_index for event in bench.log.of("a")} == left
+    for sample in left:
+        assert bench.log.tokens["a", sample] == bench.wanted(asked, sample)[0]
+    bench._check_prompt(asked)
+    assert bench.engine.metrics.finished == {"stop": len(samples), "length": len(left) + 1}
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_a_request_all_of_whose_samples_are_finished_early_is_over(steps: int) -> None:
+    asked = request("a", prompt=range(1, 60), n=3)
+    bench = finished_early(asked, steps, (2, 0, 1))
+    assert bench.log.of("a") == []
+    bench.run(asked)  # its id is free
+    bench.check(asked)
+
+
+def test_beams_cannot_be_finished() -> None:
+    bench = Bench()
+    asked = request("a", beam_width=3, temperature=0, max_tokens=5)
+    bench.submit(asked)
+    with pytest.raises(UsageError, match=r"'a' is a beam search.*abort it instead"):
+        bench.engine.finish("a", 0, 0)
+    bench.run()
+    assert bench.log.reasons == {("a", sample): "length" for sample in range(3)}
+    bench.engine.finish("a", 0, 0)  # is over: nothing happens
+
+
 def test_a_sink_may_submit_and_abort() -> None:
     bench = Bench()
 

@@ -337,6 +337,18 @@ def test_finish_cuts_the_output_where_the_client_says() -> None:
     assert scheduler.schedule() is None
 
 
+def test_a_client_does_not_pay_for_samples_that_never_start() -> None:
+    scheduler = make(policy="fair")
+    scheduler.add(request("a", client="a", n=4, max_tokens=8))
+    for index in (0, 2):
+        scheduler.finish("a", index, 0)
+    started(scheduler)
+    assert scheduler._policy._accounts == {"a": 4 + 2 * 8}  # type: ignore[attr-defined]
+    scheduler.finish("a", 1, 0)
+    scheduler.finish("a", 3, 0)
+    assert scheduler._policy._accounts == {"a": 4}  # type: ignore[attr-defined]
+
+
 def test_a_reset_forgets_requests_pages_and_plans() -> None:
     scheduler = make(prefix_cache=True)
     scheduler.add(request("a", 8))

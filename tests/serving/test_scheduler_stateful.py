@@ -502,21 +502,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         names = sorted(self.harness.requests)
         self.harness.abort(names[pick % len(names)] if late else "unknown")
 
-    @precondition(lambda self: self._begun())
+    @precondition(lambda self: self._under_way())
     @rule(pick=st.integers(0, 99), cut=st.integers(0, 12))
     def finish(self, pick: int, cut: int) -> None:
-        begun = self._begun()
-        name, index, output = begun[pick % len(begun)]
+        under_way = self._under_way()
+        name, index, output = under_way[pick % len(under_way)]
         self.harness.finish(name, index, cut % (output + 1))
 
-    def _begun(self) -> list[tuple[str, int, int]]:
+    def _under_way(self) -> list[tuple[str, int, int]]:
         """Returns (request, sample, output tokens) of completions under way."""
         return [
             (name, index, len(sample.tokens) - len(known.request.prompt))
             for name, known in sorted(self.harness.requests.items())
             if known.request.beam_width == 1
             for index, sample in known.samples.items()
-            if not sample.over and len(sample.tokens) > len(known.request.prompt)
+            if not sample.over
         ]
 
     @precondition(lambda self: self.harness.ready_searches())
