@@ -10,7 +10,8 @@ What is not set follows from the model and the device.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.config import CacheGroup, ModelConfig
@@ -39,6 +40,9 @@ class EngineOptions:
             None takes what the device has left, and 1 GiB on a CPU.
         prefix_cache: prompts share the pages of equal beginnings.
         policy: who is served first: "fcfs" (oldest first) or "fair" (equal shares by client).
+        client_weights: shares of clients under "fair", by name; 1 where not named.
+        max_prefill_tokens: most prompt tokens of one sequence in a step; None takes
+            `max_step_tokens`.
         max_queued_requests, max_queued_tokens: longest queue.
         max_in_flight: steps that may be under way; 1 waits for each.
         strict: a step that has to be compiled after `warm_up` is an error.
@@ -50,6 +54,8 @@ class EngineOptions:
     kv_bytes: int | None = None
     prefix_cache: bool = True
     policy: str = "fcfs"
+    client_weights: Mapping[str, float] = field(default_factory=dict[str, float], hash=False)
+    max_prefill_tokens: int | None = None
     max_queued_requests: int = 4096
     max_queued_tokens: int = 4_000_000
     max_in_flight: int = 2
@@ -70,6 +76,14 @@ class EngineOptions:
             )
         if self.policy not in ("fcfs", "fair"):
             raise UsageError(f"policy={self.policy!r} is unknown; use fcfs or fair")
+        object.__setattr__(self, "client_weights", dict(self.client_weights))
+        for client, weight in self.client_weights.items():
+            if not 0 < weight < math.inf:
+                raise UsageError(f"client_weights[{client!r}]={weight} must be above 0, and finite")
+        if self.client_weights and self.policy != "fair":
+            raise UsageError(f"client_weights have no effect with policy={self.policy}; use fair")
+        if self.max_prefill_tokens is not None and self.max_prefill_tokens < 1:
+            raise UsageError(f"max_prefill_tokens={self.max_prefill_tokens} must be at least 1")
         if self.max_in_flight < 1:
             raise UsageError(f"max_in_flight={self.max_in_flight} must be at least 1")
 
@@ -169,6 +183,8 @@ def scheduler_config(
         max_queued_tokens=options.max_queued_tokens,
         prefix_cache=options.prefix_cache,
         policy=policy,
+        client_weights=dict(options.client_weights),
+        max_prefill_tokens=options.max_prefill_tokens,
     )
 
 

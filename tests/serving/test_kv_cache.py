@@ -1,5 +1,7 @@
 """The pool and its sizes."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,6 +66,21 @@ def test_the_scheduler_gets_the_same_sizes(program: Program) -> None:
     assert [g.num_pages for g in limits.groups] == [g.num_pages for g in geometry.groups]
     assert [g.window for g in limits.groups] == [None, 6]
     assert (limits.page_size, limits.num_slots, limits.max_step_tokens) == (8, 4, 16)
+    assert (limits.client_weights, limits.max_prefill_tokens) == ({}, None)
+
+
+def test_the_scheduler_gets_the_shares_of_clients_and_the_bound_on_chunks(
+    program: Program,
+) -> None:
+    weights = {"a": 2.0}
+    options = replace(OPTIONS, policy="fair", client_weights=weights, max_prefill_tokens=5)
+    weights["a"] = 3.0  # what was given is kept
+    assert hash(options) != hash(OPTIONS)
+    limits = scheduler_config(
+        options, size_cache(program.model.config, options, "float32", 20_000), 128
+    )
+    assert (limits.policy, limits.client_weights) == ("fair", {"a": 2.0})
+    assert limits.max_prefill_tokens == 5
 
 
 def test_copies_touch_one_group_and_read_before_they_write(program: Program) -> None:
@@ -92,6 +109,10 @@ def test_copies_touch_one_group_and_read_before_they_write(program: Program) -> 
         ({"max_sequences": 64, "max_step_tokens": 64}, "use at least 65"),
         ({"policy": "lifo"}, "policy='lifo' is unknown; use fcfs or fair"),
         ({"max_in_flight": 0}, "max_in_flight=0 must be at least 1"),
+        ({"max_prefill_tokens": 0}, "max_prefill_tokens=0 must be at least 1"),
+        ({"policy": "fair", "client_weights": {"a": 0}}, r"client_weights\['a'\]=0 must be above"),
+        ({"policy": "fair", "client_weights": {"a": float("nan")}}, "=nan must be above 0, and"),
+        ({"client_weights": {"a": 2.0}}, "no effect with policy=fcfs; use fair"),
     ],
 )
 def test_impossible_options_are_refused(fields: dict[str, object], message: str) -> None:
