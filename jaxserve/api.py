@@ -475,7 +475,7 @@ class _Reading:
         self.builder = CompletionBuilder(llm.tokenizer, request)
         self.first_token_at = 0.0
 
-    def pieces(self) -> Generator[str]:
+    def pieces(self) -> Generator[str, None, None]:
         """Returns an iterator over the pieces, which runs the engine; closing it ends the request.
 
         It holds this object, and must not be held by it.
