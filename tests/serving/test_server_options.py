@@ -80,7 +80,7 @@ def test_every_error_has_a_status_and_none_from_elsewhere_its_words() -> None:
         assert public_message(kind("words")) == (INTERNAL_MESSAGE if internal else "words")
     assert status_of(errors.CapacityError("x")).grpc == "OUT_OF_RANGE"
     assert status_of(errors.QueueFullError("x")).http == 429
-    assert public_message(OSError("/home/someone")) == INTERNAL_MESSAGE
+    assert public_message(OSError("/srv/someone")) == INTERNAL_MESSAGE
 
 
 def test_waits_before_restarts_double_up_to_a_limit() -> None:

@@ -113,7 +113,7 @@ def test_errors_keep_their_type_and_words(error: errors.JaxserveError) -> None:
 
 
 def test_an_error_from_elsewhere_loses_its_words_and_a_private_type_its_name() -> None:
-    found = error_of(*error_fields(OSError("/home/someone/secret")))
+    found = error_of(*error_fields(OSError("/srv/someone/secret")))
     assert type(found) is errors.GenerationError
     assert "secret" not in str(found)
     assert type(error_of(*error_fields(StoppedError("stopped")))) is errors.UnavailableError
