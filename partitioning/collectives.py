@@ -29,6 +29,10 @@ LogicalAxes = Sequence[tuple[str, int]]
 _LANES = 256
 """A scatter of a last dimension stays one on TPU where its pieces are multiples of this."""
 
+_TILE = 16, 128
+"""Rows and columns that lie together in a TPU's memory. A scatter whose pieces have fewer rows
+becomes an all-reduce there, which sends twice as much, unless they are laid out in full tiles."""
+
 
 class Part(NamedTuple):
     """One result of the first projections on its way.
@@ -436,23 +440,22 @@ class MeshComm:
 
     def _scatter_together(self, arrays: Sequence[Array], move: Move) -> list[Array]:
         """Returns [T, F, ...] {partial} summed and scattered in one collective."""
-        pieces = self._count(move.axes)
+        pieces, rows = self._count(move.axes), arrays[0].shape[0]
         if move.dim is Dim.TOKENS:
-            flat = [x.reshape(x.shape[0], -1) for x in arrays]
+            flat = [x.reshape(rows, -1) for x in arrays]
             joined = flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=1)
-            out = lax.psum_scatter(joined, move.axes, scatter_dimension=0, tiled=True)
-            shapes = [(x.shape[0] // pieces, *x.shape[1:]) for x in arrays]
+            joined = joined.reshape(pieces, rows // pieces, -1)
+            shapes = [(rows // pieces, *x.shape[1:]) for x in arrays]
         else:
             width = arrays[0].shape[-1] // pieces
-            if len(arrays) == 1 and arrays[0].ndim == 2 and width % _LANES == 0:
+            if len(arrays) == 1 and arrays[0].ndim == 2 and width % _LANES == rows % _TILE[0] == 0:
                 return [lax.psum_scatter(arrays[0], move.axes, scatter_dimension=1, tiled=True)]
-            flat = [x.reshape(x.shape[0], pieces, -1) for x in arrays]
+            flat = [x.reshape(rows, pieces, -1) for x in arrays]
             joined = flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=2)
             # Without the barrier XLA would move the shuffle into the weights, in every step.
-            joined = lax.optimization_barrier(joined)
-            joined = jnp.moveaxis(joined, 1, 0)
-            out = lax.psum_scatter(joined, move.axes, scatter_dimension=0, tiled=False)
-            shapes = [(x.shape[0], x.shape[1] // pieces, *x.shape[2:]) for x in arrays]
+            joined = jnp.moveaxis(lax.optimization_barrier(joined), 1, 0)
+            shapes = [(rows, x.shape[1] // pieces, *x.shape[2:]) for x in arrays]
+        out = _scattered(joined, move.axes)
         ends, found = 0, []
         for shape in shapes:
             width = 1
@@ -482,6 +485,16 @@ class MeshComm:
         order = [move.axes.index(axis) for axis in move.token_axes]
         came = came.transpose(*order, *range(len(order), came.ndim))
         return came.reshape(-1, *rest[1:])
+
+
+def _scattered(pieces: Array, axes: tuple[str, ...]) -> Array:
+    """Returns [rows, F] of [pieces, rows, F] {partial}: this device's piece of the sum."""
+    count, rows, width = pieces.shape
+    tile, columns = _TILE
+    if rows % tile and rows * width % (tile * columns) == 0:
+        pieces = lax.optimization_barrier(pieces).reshape(count, -1, columns)
+    out = lax.psum_scatter(pieces, axes, scatter_dimension=0, tiled=False)
+    return out.reshape(rows, width)
 
 
 def _biased(x: Array, bias: Array | None) -> Array:

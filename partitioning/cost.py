@@ -288,6 +288,11 @@ def _mlp_weights(layer: LayerSpec, embed: int, meter: _Meter) -> Iterator[Collec
 
 
 def _attended(spec: AttentionSpec, meter: _Meter) -> Iterator[Collective]:
+    if axes := tuple(axis for axis in meter.phase.stripes if meter.sizes[axis] > 1):
+        # The largest score of each head, then the weighted values and their total.
+        heads = meter.local(meter.tokens, spec.num_heads, meter.placement(Stage.QUERY))
+        for elements in (heads, heads * (spec.head_dim + 1)):
+            yield meter.one(Kind.ALL_REDUCE, axes, elements, "float32")
     yield from meter.move(spec.num_heads * spec.head_dim, Stage.QUERY, Stage.CONTRACTED)
 
 

@@ -187,16 +187,21 @@ def collectives(text: str, sizes: Mapping[str, int]) -> list[Collective]:
         UnsupportedError: groups of devices that are not axes of the mesh.
     """
     program = parse(text)
-    return list(_walk(program, program.entry, Where.ENDS, sizes))
+    return list(_walk(program, program.entry, Where.ENDS, sizes, _started(program)))
 
 
 def _walk(
-    program: Program, name: str, where: Where, sizes: Mapping[str, int]
+    program: Program,
+    name: str,
+    where: Where,
+    sizes: Mapping[str, int],
+    started: frozenset[str],
+    fused: bool = False,
 ) -> Iterator[Collective]:
     lines = program.computations[name].lines
     for line in lines.values():
         if (kind := _kind(line)) is not None:
-            if not _is_repeated(line, lines):
+            if not (fused and _channel(line) in started and not _is_start(lines)):
                 yield from _read(line, kind, where, sizes)
             continue
         if line.op == "fusion" and (one := _scatter_inside(program, line)) is not None:
@@ -207,23 +212,37 @@ def _walk(
         for attribute, names in line.called.items():
             inner = where if attribute != "body" else where.inner
             for called in names:
-                yield from _walk(program, called, inner, sizes)
+                within = fused or line.op == "fusion"
+                yield from _walk(program, called, inner, sizes, started, within)
+
+
+def _started(program: Program) -> frozenset[str]:
+    """Returns channels of collectives that go on beside other work.
+
+    Such a one is printed within the fusion that starts it, again within each one beside which it
+    goes on, and in the one that ends it.
+    """
+    return frozenset(
+        _channel(line)
+        for computation in program.computations.values()
+        if _is_start(computation.lines)
+        for line in computation.lines.values()
+        if _kind(line) is not None
+    )
+
+
+def _is_start(lines: Mapping[str, Instruction]) -> bool:
+    return any("AsyncCollectiveStart" in one.rest for one in lines.values())
+
+
+def _channel(line: Instruction) -> str:
+    found = re.search(r"channel_id=(\d+)", line.rest)
+    return found[1] if found else ""
 
 
 def _kind(line: Instruction) -> str | None:
     kind = line.op.removesuffix("-start")
     return kind if kind in _KINDS else None
-
-
-def _is_repeated(line: Instruction, lines: Mapping[str, Instruction]) -> bool:
-    """Returns whether this is a later part of a collective that goes on beside other work.
-
-    Its first part stands beside a call that starts it.
-    """
-    targets = " ".join(one.rest for one in lines.values() if one.op == "custom-call")
-    if "AsyncCollective" not in targets:
-        return False
-    return "AsyncCollectiveStart" not in targets
 
 
 def _scatter_inside(program: Program, line: Instruction) -> Instruction | None:

@@ -110,6 +110,18 @@ def test_weights_are_gathered_whole():
     }
 
 
+def test_pieces_of_a_sequence_are_merged_in_float32():
+    T = 64
+    phase = PhaseLayout(Ffn.WS2D, Heads.SEQUENCE)
+    found = layer_collectives(layer(), E, phase, CUBE, Pass(T, T))
+    merged = [one for one in found if one.dtype == "f32" and one.bytes != T * 4]
+    # The largest scores of 4 heads here, then their values with the totals.
+    assert merged == [
+        Collective("all-reduce", ("x",), "f32", T * 4 * 4),
+        Collective("all-reduce", ("x",), "f32", T * 4 * (H + 1) * 4),
+    ]
+
+
 def test_serial_halves_gather_and_scatter_on_their_own():
     T = 64
     serial = sent(layer(BlockKind.SERIAL), Ffn.WS2D, Heads.HEADS, T)

@@ -139,3 +139,12 @@ def test_a_scatter_that_became_an_all_reduce_is_seen():
     assert [
         one.kind for one in collectives(FUSED_SCATTER.replace("all-reduce-scatter", "other"), BOX)
     ] == ["all-reduce"]
+
+
+ASYNC = (Path(__file__).parent / "hlo" / "beside.hlo").read_text()
+
+
+def test_a_collective_that_goes_on_beside_others_counts_where_it_starts():
+    assert collectives(ASYNC, BOX) == [
+        Collective("all-gather", ("x",), "bf16", 32 * 128 * 2, Where.ENDS)
+    ]
