@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import pytest
 
@@ -81,6 +82,8 @@ def test_the_scheduler_gets_the_shares_of_clients_and_the_bound_on_chunks(
     )
     assert (limits.policy, limits.client_weights) == ("fair", {"a": 2.0})
     assert limits.max_prefill_tokens == 5
+    frame = msgspec.msgpack.encode(options)  # as it goes to an engine's process
+    assert msgspec.msgpack.decode(frame, type=EngineOptions) == options
 
 
 def test_copies_touch_one_group_and_read_before_they_write(program: Program) -> None:
