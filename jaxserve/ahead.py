@@ -21,6 +21,7 @@ from jaxserve.serving.build import ModelEngine
 from jaxserve.serving.model_files import run_dtype
 from jaxserve.serving.options import EngineOptions
 from jaxserve.serving.placing import program_of, sized
+from jaxserve.serving.sharded import abstract, param_specs
 
 
 def engine_ahead(
@@ -46,4 +47,6 @@ def engine_ahead(
     chosen = None if layout is None else layout(info.config, running)
     program = program_of(info.config, running, kernel_set(backend), chosen)
     params = program.model.abstract_params()
+    if program.mesh is not None:
+        params = abstract(program, params, param_specs(program))
     return ModelEngine.create(program, params, sized(options or EngineOptions(), chosen))

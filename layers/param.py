@@ -31,13 +31,13 @@ from jaxserve.partitioning.padding import Padding
 
 
 class Runs(NamedTuple):
-    """Where an axis holds something: `count` runs, `stride` apart, each `real` long.
+    """Where an axis holds something: `number` runs, `stride` apart, each `real` long.
 
     The rest is zeros, so that the axis divides over a mesh: MLP features have one run, query
     heads one for each group.
     """
 
-    count: int
+    number: int
     real: int
     stride: int
 
@@ -52,14 +52,14 @@ class Axis(NamedTuple):
     @property
     def real(self) -> int:
         """Returns the size without padding."""
-        return self.size if self.runs is None else self.runs.count * self.runs.real
+        return self.size if self.runs is None else self.runs.number * self.runs.real
 
     def spans(self) -> list[tuple[int, int, int]]:
         """Returns (start, start without padding, length) of each run."""
         if self.runs is None:
             return [(0, 0, self.size)]
-        count, real, stride = self.runs
-        return [(i * stride, i * real, real) for i in range(count)]
+        number, real, stride = self.runs
+        return [(i * stride, i * real, real) for i in range(number)]
 
 
 Axes = tuple[Axis, ...]
@@ -240,14 +240,14 @@ def padded(values: Array, axes: Axes) -> Array:
     for dim, axis in enumerate(axes, first):
         if axis.runs is None:
             continue
-        count, real, stride = axis.runs
+        number, real, stride = axis.runs
         shape = values.shape
-        split = values.reshape(*shape[:dim], count, real, *shape[dim + 1 :])
+        split = values.reshape(*shape[:dim], number, real, *shape[dim + 1 :])
         pad = [(0, 0)] * split.ndim
         pad[dim + 1] = (0, stride - real)
-        joined = jnp.pad(split, pad).reshape(*shape[:dim], count * stride, *shape[dim + 1 :])
+        joined = jnp.pad(split, pad).reshape(*shape[:dim], number * stride, *shape[dim + 1 :])
         pad = [(0, 0)] * joined.ndim
-        pad[dim] = (0, axis.size - count * stride)
+        pad[dim] = (0, axis.size - number * stride)
         values = jnp.pad(joined, pad)
     return values
 

@@ -96,7 +96,8 @@ FAMILIES: dict[str, ModelConfig] = {
 
 MESHES = [(1, 2, 4), (2, 2, 2), (8, 1, 1), (3, 2, 1), (1, 1, 2)]
 
-PAIRS = [(Ffn.WS1D, Ffn.WS1D), *product([f for f in Ffn if f is not Ffn.WS1D], repeat=2)]
+_ALIKE = [ffn for ffn in Ffn if ffn is not Ffn.WS1D]
+PAIRS: list[tuple[Ffn, Ffn]] = [(Ffn.WS1D, Ffn.WS1D), *product(_ALIKE, _ALIKE)]
 """Prefill's and decode's projections: those that store weights alike."""
 
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -24,8 +25,8 @@ from .equality import FAMILIES
 CONFIG = FAMILIES["llama"]
 
 
-def chosen(**fields) -> Layout:
-    found = choose(CONFIG, "float32", **({"mesh": (2, 2, 2)} | fields))
+def chosen(mesh: Any = (2, 2, 2), **names: Any) -> Layout:
+    found = choose(CONFIG, "float32", mesh=mesh, **names)
     assert found is not None
     return found
 
@@ -51,8 +52,9 @@ def test_no_mesh_is_no_layout() -> None:
 
 @pytest.mark.parametrize("option", ["layout", "prefill_layout", "attention"])
 def test_a_layout_needs_a_mesh(option: str) -> None:
+    names: Any = {option: "heads" if option == "attention" else "ws2d"}
     with pytest.raises(UsageError, match=f"{option} needs a mesh; .* as in 2,2,2"):
-        choose(CONFIG, "float32", **{option: "heads" if option == "attention" else "ws2d"})
+        choose(CONFIG, "float32", **names)
 
 
 @pytest.mark.parametrize(

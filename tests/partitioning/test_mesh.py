@@ -29,7 +29,7 @@ class Chip:
 
     id: int
     process_index: int = 0
-    coords: tuple[int, int, int] | None = None
+    coords: tuple[int, ...] | None = None
     device_kind: str = "TPU v4"
     core_on_chip: int = 0
     slice_index: int = 0

@@ -43,15 +43,17 @@ def test_large_meshes_are_shortened() -> None:
 @pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 2, 4), (3, 2, 1)])
 def test_the_parts_are_those_of_the_arrays(mesh, names) -> None:
     drawn = view(mesh, **names)
-    place = places(make_mesh(MeshPlan(*mesh)), drawn.layout.decode)
-    devices = place((), ()).mesh.devices.ravel().tolist()
+    devices = make_mesh(MeshPlan(*mesh))
+    place, numbers = places(devices, drawn.layout.decode), devices.devices.ravel().tolist()
     for panel in drawn.panels()[:-1]:
+        assert panel.rows.size is not None
+        assert panel.columns.size is not None
         shape = (panel.rows.size, panel.columns.size)
         sharding = place((panel.rows.name, panel.columns.name), shape)
         pieces = {}
         for device, (rows, columns) in sharding.devices_indices_map(shape).items():
             at = rows.start or 0, columns.start or 0
-            pieces.setdefault(at, []).append(devices.index(device))
+            pieces.setdefault(at, []).append(numbers.index(device))
         found = drawn.chips(panel)
         assert [sorted(pieces[at]) for at in sorted(pieces)] == [found[at] for at in sorted(found)]
 

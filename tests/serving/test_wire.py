@@ -9,6 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve import errors
+from jaxserve.partitioning.layout import Ffn, Heads, PhaseLayout
+from jaxserve.partitioning.layout_file import Buckets, Dtypes, Layout
+from jaxserve.partitioning.plan import MeshPlan
 from jaxserve.serving.engine import StoppedError
 from jaxserve.serving.metrics import Histogram, MetricsSnapshot
 from jaxserve.serving.options import EngineOptions
@@ -36,8 +39,17 @@ from jaxserve.serving.wire import (
 PARAMS = SamplingParams(
     n=2, temperature=0.5, seed=-3, max_tokens=9, stop=("é", "\n"), logit_bias={5: -1.5}
 )
+LAYOUT = Layout(
+    model="0123456789abcdef",
+    mesh=MeshPlan(2, 2, 2),
+    prefill=PhaseLayout(Ffn.WG_XY, Heads.BATCH),
+    decode=PhaseLayout(Ffn.WS2D, Heads.BATCH),
+    dtypes=Dtypes("bfloat16", "bfloat16", "bfloat16"),
+    buckets=Buckets(8, 64),
+)
 FROM_SERVER_MESSAGES = [
     Start("tiny", "float32", "xla", EngineOptions(max_sequences=3), False, 1.5),
+    Start("tiny", layout=LAYOUT, devices="cpu:8"),
     Submit(Request(id="r", prompt=(1, 2, 3), params=PARAMS, bad_word_ids=((1, 2),), salt="s")),
     Abort("r"),
     Finish("r", 1, 7),
