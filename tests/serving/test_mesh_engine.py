@@ -18,10 +18,11 @@ from jaxserve.config import (
     NormSpec,
     RopeSpec,
 )
+from jaxserve.errors import UnsupportedError
 from jaxserve.layers.decoder import Model, Params
 from jaxserve.layers.param import Declare
 from jaxserve.pallas_kernels import kernel_set
-from jaxserve.partitioning.collectives import LocalComm
+from jaxserve.partitioning.collectives import LocalComm, MeshComm
 from jaxserve.partitioning.layout import Ffn, Heads, PhaseLayout
 from jaxserve.partitioning.mesh import MeshPlan, make_mesh
 from jaxserve.serving.build import ModelEngine
@@ -160,9 +161,9 @@ def test_pages_may_be_cut_over_devices() -> None:
 
 
 def test_a_window_refuses_pages_that_are_cut() -> None:
-    # The step fails, and with it the requests, which say why.
-    with pytest.raises(AssertionError, match="serves neither windows nor ALiBi"):
-        check(Case((2, 2, 2), Ffn.WS2D, Ffn.WS2D, Heads.SEQUENCE))
+    comm = MeshComm(PhaseLayout(Ffn.WS2D, Heads.SEQUENCE), (("x", 2), ("y", 2), ("z", 2)))
+    with pytest.raises(UnsupportedError, match="serves neither windows nor ALiBi"):
+        comm.stripe(CONFIG.layers[1].attention)
 
 
 @pytest.mark.slow
