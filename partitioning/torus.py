@@ -115,16 +115,15 @@ def _found(
     return tuple(found)
 
 
-def _cost(along: tuple[Along, ...]) -> tuple[int, int, int, tuple[tuple[int, ...], ...]]:
-    """Returns what is to be least: lines, shared physical axes, axes over several, disorder."""
+def _cost(along: tuple[Along, ...]) -> tuple[int, tuple[tuple[int, ...], ...]]:
+    """Returns what is to be least: parts, then disorder.
+
+    The parts are as many as physical axes are shared and mesh axes lie over several, so with the
+    fewest of them the most physical axes are whole.
+    """
     large = [one for one in along if one.parts]
-    owners = [p for one in large for p, _ in one.parts]
-    return (
-        sum(not one.ring for one in large),
-        len(owners) - len(set(owners)),
-        sum(len(one.parts) - 1 for one in large),
-        tuple(tuple(p for p, _ in one.parts) for one in large),
-    )
+    lies = tuple(tuple(physical for physical, _ in one.parts) for one in large)
+    return sum(map(len, lies)), lies
 
 
 def _factors(size: int, count: int) -> Iterator[tuple[int, ...]]:
