@@ -37,11 +37,13 @@ import jaxserve as js  # noqa: E402  (the repository's root comes first)
 from benchmarks import machine  # noqa: E402
 from jaxserve.checkpoint.locate import locate  # noqa: E402
 from jaxserve.config import AttentionSpec, ModelConfig  # noqa: E402
+from jaxserve.layers.cache import At  # noqa: E402
 from jaxserve.layers.decoder import Model, Params, forward  # noqa: E402
 from jaxserve.layers.param import Declare  # noqa: E402
 from jaxserve.layers.step import Step  # noqa: E402
 from jaxserve.pallas_kernels import KernelSet, kernel_set  # noqa: E402
 from jaxserve.partitioning.collectives import LocalComm  # noqa: E402
+from jaxserve.partitioning.stripe import Stripe  # noqa: E402
 from jaxserve.serving.options import EngineOptions  # noqa: E402
 from jaxserve.serving.request import Request, SamplingParams, TokenEvent  # noqa: E402
 from jaxserve.training.corpus import read_corpus  # noqa: E402
@@ -269,13 +271,15 @@ class _SinkShares:
 
     def attend(
         self,
-        layer: int,
+        layer: At,
         q: Array,
         k: Array,
         v: Array,
         spec: AttentionSpec,
         kernels: KernelSet,
         sink_q: Array | None = None,
+        slopes: Array | None = None,
+        stripe: Stripe | None = None,
     ) -> tuple[Array, _SinkShares]:
         group = spec.num_heads // spec.num_kv_heads
         k, v = (jnp.repeat(x, group, axis=1).astype(jnp.float32) for x in (k, v))

@@ -32,7 +32,8 @@ PAGE_SIZE = 128
 """Places of a row come in such numbers."""
 
 
-class At(NamedTuple):
+@dataclass(frozen=True)
+class At:
     """Which layer: its index or, where layers repeat, that in the pattern and the turn int32[]."""
 
     index: int

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
+from typing import Any
 
 AXES = ("x", "y", "z")
 
@@ -165,7 +166,7 @@ def _nested(axes: tuple[str, ...], whole: bool, inner_first: bool) -> tuple[tupl
     return parts[::-1] if inner_first else parts
 
 
-def _runs(axes: Sequence[str], key) -> Iterator[tuple[object, list[str]]]:
+def _runs(axes: Sequence[str], key) -> Iterator[tuple[Any, list[str]]]:
     for state, run in groupby(axes, key):
         yield state, list(run)
 

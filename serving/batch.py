@@ -184,8 +184,8 @@ def part_of(plan: StepPlan, rows: Sequence[int]) -> StepPlan:
         if row >= first
         for token in plan.tokens[given[row - first] : given[row - first + 1]]
     ]
-    columns = ([column[row] for row in rows] for column in _columns(plan))
-    return StepPlan(plan.number, *columns, tokens, [], [], [])
+    slots, counts, starts, kinds = ([column[row] for row in rows] for column in _columns(plan))
+    return StepPlan(plan.number, slots, counts, starts, kinds, tokens, [], [], [])
 
 
 def _columns(plan: StepPlan) -> tuple[list[int], ...]:

@@ -148,7 +148,8 @@ class Ticket:
 
     def look(self) -> bool:
         """Returns whether the step is finished, and notes the time if it is not."""
-        if self.output.tokens.is_ready():
+        tokens: Any = self.output.tokens
+        if tokens.is_ready():
             return True
         self.busy_s = time.perf_counter()
         return False
@@ -475,9 +476,9 @@ class ModelRunner:
         indices = abstract(program, indices)
 
         def copy(pages: Any, *pairs: jax.Array) -> Any:
-            mine = (program.comm.tokens(x, Stage.QUERY) for x in pairs)
-            held = own(program, pages)
-            return shown(program, copy_pages(held, self.geometry, group, *mine, program.kernels))
+            source, target = (program.comm.tokens(x, Stage.QUERY) for x in pairs)
+            held, kernels = own(program, pages), program.kernels
+            return shown(program, copy_pages(held, self.geometry, group, source, target, kernels))
 
         run = spread(program, copy, (BY_DEVICE, EVERYWHERE, EVERYWHERE), BY_DEVICE)
         return jax.jit(run, donate_argnums=0).lower(pages, indices, indices)
@@ -517,7 +518,7 @@ def _called(exported: export.Exported, results: Any) -> Any:
     return step
 
 
-def _devices_of(leaf: Any) -> list[jax.Device]:
+def _devices_of(leaf: Any) -> list[Any]:
     """Returns where an array lies; an abstract one without a place lies where JAX puts it."""
     sharding = getattr(leaf, "sharding", None)
     return jax.devices()[:1] if sharding is None else list(sharding.device_set)

@@ -42,8 +42,8 @@ def test_attention_is_its_formula(spec: AttentionSpec) -> None:
     def attend(x: jax.Array) -> jax.Array:
         run = runtime(step, replace(SERIAL, attention=spec))
         attention = with_values(declared, params)
-        parts = run.comm.distribute(attention.project(x, run))
-        return attention.finish(*parts, At(0), NoCache(1).begin(step), run)[0]
+        q, k, v = run.comm.distribute(attention.project(x, run))
+        return attention.finish(q, k, v, At(0), NoCache(1).begin(step), run)[0]
 
     def projected(name: str) -> np.ndarray:
         weight = params["qkv"]["separate"][name]

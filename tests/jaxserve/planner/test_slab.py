@@ -1,5 +1,7 @@
 """The planned cache gives what the dense cache gives."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,7 @@ def test_prompts_and_later_tokens_meet_the_same_keys(attentions):
     tokens = jax.random.randint(jax.random.key(1), (3, 5), 0, 64, jnp.int32)
     lengths = jnp.array([5, 2, 4], jnp.int32)
     found = []
+    cache: Any
     for cache in caches:
         scores, cache = prefill(program, params, Prompts(tokens, lengths), cache)
         rows = [scores]
