@@ -22,6 +22,7 @@ BACKENDS = ("xla", "reference")
 
 FOLDERS = {
     "matmul": "matmul",
+    "int8_matmul": "int8_matmul",
     "attention": "attention",
     "init_pages": "paged_attention",
     "write_pages": "paged_attention",
@@ -38,12 +39,14 @@ class KernelSet:
     Attributes:
         backend: name they were resolved for.
         matmul: see `matmul.reference`.
+        int8_matmul: see `int8_matmul.reference`.
         attention: see `attention.reference`.
         init_pages, write_pages, copy_pages, paged_attention: see `paged_attention.reference`.
     """
 
     backend: str
     matmul: Callable[..., Array]
+    int8_matmul: Callable[..., Array]
     attention: Callable[..., Array]
     init_pages: Callable[..., Any]
     write_pages: Callable[..., Any]

@@ -1,0 +1,1 @@
+"""Contraction of activations with a stored weight of int8."""
