@@ -48,6 +48,7 @@ class RopeScaling(StrEnum):
     DYNAMIC = "dynamic"
     LLAMA3 = "llama3"
     YARN = "yarn"
+    LONGROPE = "longrope"
 
 
 class RopePairs(StrEnum):
@@ -62,6 +63,13 @@ class BlockKind(StrEnum):
 
     SERIAL = "serial"
     PARALLEL = "parallel"
+
+
+class NormPlace(StrEnum):
+    """What a block's norms see: the input of each part, or the sum that each part is added to."""
+
+    INPUT = "input"
+    SUM = "sum"
 
 
 class CacheKind(StrEnum):
@@ -105,7 +113,9 @@ class RopeSpec:
         low_freq_factor, high_freq_factor: band edges of `llama3`.
         beta_fast, beta_slow: band edges of `yarn`, in rotations.
         truncate: `yarn` rounds the band edges to whole features.
-        attention_factor: `yarn` multiplies cos and sin by it.
+        attention_factor: `yarn` and `longrope` multiply cos and sin by it.
+        short_factors, long_factors: what `longrope` divides each frequency by, in sequences of
+            up to and of more than `original_context_tokens`.
     """
 
     rotary_dim: int
@@ -120,6 +130,8 @@ class RopeSpec:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.rotary_dim <= 0 or self.rotary_dim % 2:
@@ -128,7 +140,7 @@ class RopeSpec:
             raise ConfigError(f"rope factor={self.factor} must be at least 1")
         if self.scaling is RopeScaling.DYNAMIC and self.rotary_dim == 2:
             raise ConfigError("rotary_dim=2 must be at least 4 for rope scaling 'dynamic'")
-        stretched_from = RopeScaling.DYNAMIC, RopeScaling.LLAMA3, RopeScaling.YARN
+        stretched_from = {*RopeScaling} - {RopeScaling.NONE, RopeScaling.LINEAR}
         if self.scaling in stretched_from and self.original_context_tokens <= 0:
             raise ConfigError(
                 f"original_context_tokens={self.original_context_tokens} must be positive "
@@ -139,6 +151,17 @@ class RopeSpec:
                 f"high_freq_factor={self.high_freq_factor} must be above "
                 f"low_freq_factor={self.low_freq_factor}"
             )
+        wanted = self.rotary_dim // 2 if self.scaling is RopeScaling.LONGROPE else 0
+        if not len(self.short_factors) == len(self.long_factors) == wanted:
+            raise ConfigError(
+                f"{len(self.short_factors)} short and {len(self.long_factors)} long factors for "
+                f"rope scaling {self.scaling}; rotary_dim={self.rotary_dim} needs {wanted} of each"
+            )
+
+    @property
+    def by_length(self) -> bool:
+        """Returns whether a token's rotation depends on the length of its sequence."""
+        return self.scaling in (RopeScaling.DYNAMIC, RopeScaling.LONGROPE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +219,8 @@ class AttentionSpec:
             then counted inside the cache (StreamingLLM, Xiao et al. 2023).
         soft_cap: scores become cap * tanh(scores / cap).
         qkv_bias, out_bias: biases of the projections.
+        qk_norm: norm over the features of each query and key head, before positions.
+        qkv_clip: queries, keys and values are kept within plus and minus this.
     """
 
     num_heads: int
@@ -209,6 +234,8 @@ class AttentionSpec:
     soft_cap: float | None = None
     qkv_bias: bool = False
     out_bias: bool = False
+    qk_norm: NormSpec | None = None
+    qkv_clip: float | None = None
 
     def __post_init__(self) -> None:
         if min(self.num_heads, self.num_kv_heads, self.head_dim) <= 0:
@@ -231,8 +258,10 @@ class AttentionSpec:
                 f"sink_tokens={self.sink_tokens} keeps tokens besides a window, and window="
                 f"{self.window}; set a window, or sink_tokens=0"
             )
-        if self.soft_cap is not None and self.soft_cap <= 0:
-            raise ConfigError(f"soft_cap={self.soft_cap} must be positive; leave it out for none")
+        for name in ("soft_cap", "qkv_clip"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name}={value} must be positive; leave it out for none")
 
     @property
     def cached_tokens(self) -> int | None:
@@ -248,24 +277,50 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsSpec:
+    """Several MLPs of which each token takes the few that a router scores highest.
+
+    Attributes:
+        count: experts E.
+        per_token: experts that a token takes.
+        renormalised: weights of a token's experts are divided by their sum.
+    """
+
+    count: int
+    per_token: int
+    renormalised: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.per_token <= self.count:
+            raise ConfigError(
+                f"per_token={self.per_token} experts of {self.count}; take at least one and at "
+                "most all of them"
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class MlpSpec:
     """Feed-forward part of one layer.
 
     Attributes:
-        ffn_dim: hidden features F.
+        ffn_dim: hidden features F; of one expert where there are several.
         activation: non-linearity; of the gate where `gated`.
         gated: activation(gate(x)) * up(x) instead of activation(up(x)).
         bias: all projections have biases.
+        experts: there are several, and a router; None is one for all tokens.
     """
 
     ffn_dim: int
     activation: Activation
     gated: bool
     bias: bool = False
+    experts: ExpertsSpec | None = None
 
     def __post_init__(self) -> None:
         if self.ffn_dim <= 0:
             raise ConfigError(f"ffn_dim={self.ffn_dim} must be positive")
+        if self.experts is not None and self.bias:
+            raise ConfigError("experts with biases are not supported; use bias=False")
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +333,7 @@ class LayerSpec:
         block: serial, or attention and MLP side by side on the same input.
         mlp_norm: the MLP has a norm of its own (always in serial blocks; Falcon 40B).
         post_norms: outputs of attention and MLP are normed too before they are added (Gemma 2).
+        norm_place: the norms see inputs of the parts, or sums (the original Transformer).
     """
 
     attention: AttentionSpec
@@ -286,10 +342,13 @@ class LayerSpec:
     block: BlockKind = BlockKind.SERIAL
     mlp_norm: bool = True
     post_norms: bool = False
+    norm_place: NormPlace = NormPlace.INPUT
 
     def __post_init__(self) -> None:
         if self.block is BlockKind.SERIAL and not self.mlp_norm:
             raise ConfigError("a serial block needs mlp_norm=True")
+        if self.norm_place is NormPlace.SUM and self.block is BlockKind.PARALLEL:
+            raise ConfigError("a parallel block has no sums to norm; use norm_place='input'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,24 +401,34 @@ class ModelConfig:
         vocab_size: V.
         embed_dim: width D.
         layers: one spec per layer.
-        final_norm: norm before the logits.
+        final_norm: norm before the logits; None has none.
         max_context_tokens: longest sequence the model is meant for.
         tied: logits use the embedding table.
         embed_scale: multiplies embeddings; None means one.
         logits_scale: multiplies logits; None means one (PaLM: 1/sqrt(embed_dim)).
         logits_soft_cap: logits become cap * tanh(logits / cap).
+        embed_norm: norm of the embeddings; None has none.
+        num_positions: rows of a table whose row p is added to the embedding at position p; None
+            has no such table.
+        table_dim: features of the embedding table and of a tied head where linear maps lead from
+            there to the width and back; None is the width.
+        unit_head: rows of the head are divided by their lengths.
     """
 
     family: str
     vocab_size: int
     embed_dim: int
     layers: tuple[LayerSpec, ...]
-    final_norm: NormSpec
+    final_norm: NormSpec | None
     max_context_tokens: int
     tied: bool = False
     embed_scale: float | None = None
     logits_scale: float | None = None
     logits_soft_cap: float | None = None
+    embed_norm: NormSpec | None = None
+    num_positions: int | None = None
+    table_dim: int | None = None
+    unit_head: bool = False
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -367,6 +436,11 @@ class ModelConfig:
         for name in ("vocab_size", "embed_dim", "max_context_tokens"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be positive")
+        if self.num_positions is not None and self.num_positions < self.max_context_tokens:
+            raise ConfigError(
+                f"num_positions={self.num_positions} ends before max_context_tokens="
+                f"{self.max_context_tokens}; every position needs a row"
+            )
 
     @property
     def pattern(self) -> tuple[LayerSpec, ...]:
@@ -401,6 +475,11 @@ class ModelConfig:
             UnsupportedError: positions of this kind cannot be counted inside the cache.
         """
         cache = StreamingCache(window=window, sink_tokens=sink_tokens)
+        if self.num_positions is not None:
+            raise UnsupportedError(
+                "streaming is not supported with learned positions, which end at "
+                f"{self.num_positions}; use a model with rotary positions"
+            )
         if cache.num_tokens > self.max_context_tokens:
             raise UsageError(
                 f"window={window} and sink_tokens={sink_tokens} keep {cache.num_tokens} tokens and "
@@ -438,6 +517,11 @@ def _streaming_layer(layer: LayerSpec, cache: StreamingCache) -> LayerSpec:
     if attention.window is not None and attention.window <= cache.window:
         return layer
     rope = attention.rope
+    if rope is not None and rope.scaling is RopeScaling.LONGROPE:
+        raise UnsupportedError(
+            "streaming is not supported with rope scaling 'longrope', which turns by the length "
+            "of the sequence; use a model with another one"
+        )
     if rope is not None and rope.scaling is RopeScaling.DYNAMIC:
         if cache.num_tokens > rope.original_context_tokens:
             raise UnsupportedError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
@@ -10,11 +11,12 @@ from jax import Array
 from jaxserve.config import AttentionSpec
 from jaxserve.layers.cache import AnyCache, At
 from jaxserve.layers.linear import linear, linear_group
+from jaxserve.layers.norm import Norm
 from jaxserve.layers.param import Axis, Declare
 from jaxserve.layers.rope import rotate
 from jaxserve.layers.runtime import Runtime
 from jaxserve.pallas_kernels.attention.scores import alibi_slopes
-from jaxserve.partitioning.collectives import Part
+from jaxserve.partitioning.collectives import LocalComm, Part
 from jaxserve.partitioning.layout import Stage
 
 
@@ -30,6 +32,8 @@ class Attention(nnx.Module):
             (embed,), spec.qkv_bias, q=(heads, head), k=(kv_heads, head), v=(kv_heads, head)
         )
         self.out = declare.weight((heads, head), (embed,), spec.out_bias)
+        self.q_norm = None if spec.qk_norm is None else Norm(spec.qk_norm, head, declare)
+        self.k_norm = None if spec.qk_norm is None else Norm(spec.qk_norm, head, declare)
 
     def project(self, x: Array, run: Runtime) -> list[Part]:
         """Returns what x[T, embed] gives to attention: q[T, N, H], k and v[T, K, H]."""
@@ -45,6 +49,7 @@ class Attention(nnx.Module):
         self, q: Array, k: Array, v: Array, layer: At, cache: AnyCache, run: Runtime
     ) -> tuple[Array, AnyCache]:
         """Returns (terms of the output [T, embed] without its bias, the cache with k and v)."""
+        q, k, v = self._adjusted(q, k, v)
         sink_q = None
         if self.spec.rope is not None:
             with jax.named_scope("rope"):
@@ -64,6 +69,18 @@ class Attention(nnx.Module):
         with jax.named_scope("out"):
             heads = run.comm.move(heads, Stage.QUERY, Stage.CONTRACTED)
             return linear(heads, self.out, run.comm, run.kernels), cache
+
+    def _adjusted(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+        """Returns queries, keys and values clipped and normed, where the model does that."""
+        if (most := self.spec.qkv_clip) is not None:
+            q, k, v = (jnp.clip(x, -most, most) for x in (q, k, v))
+        if self.q_norm is not None and self.k_norm is not None:
+            # A head's features lie on one device.
+            q, k = (
+                norm(x, LocalComm(), Stage.QUERY)
+                for norm, x in ((self.q_norm, q), (self.k_norm, k))
+            )
+        return q, k, v
 
 
 def _slopes(heads: Axis) -> np.ndarray:

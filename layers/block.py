@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxserve.config import BlockKind, LayerSpec
+from jaxserve.config import BlockKind, LayerSpec, NormPlace
 from jaxserve.layers.attention import Attention
 from jaxserve.layers.cache import AnyCache, At
 from jaxserve.layers.mlp import Mlp
@@ -65,19 +65,31 @@ class Block(nnx.Module):
         self, x: Array, layer: At, cache: AnyCache, run: Runtime
     ) -> tuple[Array, AnyCache]:
         comm = run.comm
-        h = comm.move(x, Stage.RESIDUAL, Stage.INPUT)
-        h = self.attention_norm(h, comm, Stage.INPUT)
+        h = self._input(x, self.attention_norm, run)
         q, k, v = comm.distribute(self.attention.project(h, run))
         attended, cache = self.attention.finish(q, k, v, layer, cache, run)
         attended = self._added(attended, self.attention.out, self.attention_post_norm, run)
-        x = x + run.tap(f"layers.{layer.index}.attention", attended)
-        h = comm.move(x, Stage.RESIDUAL, Stage.INPUT)
-        if self.mlp_norm is not None:
-            h = self.mlp_norm(h, comm, Stage.INPUT)
+        attended = run.tap(f"layers.{layer.index}.attention", attended)
+        x = self._sum(x, attended, self.attention_norm, run)
+        h = self._input(x, self.mlp_norm, run)
         with jax.named_scope("mlp"):
             fed = self.mlp.finish(*comm.distribute(self.mlp.project(h, run)), run=run)
         fed = self._added(fed, self.mlp.down, self.mlp_post_norm, run)
-        return x + run.tap(f"layers.{layer.index}.mlp", fed), cache
+        fed = run.tap(f"layers.{layer.index}.mlp", fed)
+        return self._sum(x, fed, self.mlp_norm, run), cache
+
+    def _input(self, x: Array, norm: Norm | None, run: Runtime) -> Array:
+        """Returns what a part reads of the residual stream."""
+        h = run.comm.move(x, Stage.RESIDUAL, Stage.INPUT)
+        if norm is None or self.spec.norm_place is NormPlace.SUM:
+            return h
+        return norm(h, run.comm, Stage.INPUT)
+
+    def _sum(self, x: Array, added: Array, norm: Norm | None, run: Runtime) -> Array:
+        """Returns the residual stream behind a part."""
+        if norm is None or self.spec.norm_place is NormPlace.INPUT:
+            return x + added
+        return norm(x + added, run.comm, Stage.RESIDUAL)
 
     def _added(self, terms: Array, weight: Weight, norm: Norm | None, run: Runtime) -> Array:
         """Returns what a part adds to the residual stream."""

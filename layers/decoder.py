@@ -25,6 +25,7 @@ from jaxserve.config import ModelConfig
 from jaxserve.errors import UnsupportedError
 from jaxserve.layers.block import Block
 from jaxserve.layers.cache import AnyCache, At
+from jaxserve.layers.ends import Entrance, Widening, per_unit_row
 from jaxserve.layers.norm import Norm
 from jaxserve.layers.param import (
     Axis,
@@ -51,31 +52,42 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, declare: Declare) -> None:
         self.config = config
         embed, vocab = Axis("embed", config.embed_dim), declare.vocab(config.vocab_size)
-        self.embedding = declare.table(vocab, embed)
+        columns = Axis("embed", config.table_dim or config.embed_dim)
+        self.embedding = declare.table(vocab, columns)
+        self.entrance = Entrance(config, embed, declare)
+        self.widening = (
+            None
+            if config.table_dim is None
+            else Widening(config.table_dim, config.embed_dim, declare)
+        )
         self.turns = config.num_layers // len(config.pattern) if declare.stack else None
         repeated = config.pattern if declare.stack else config.layers
         inner = replace(declare, copies=self.turns)
         self.layers = nnx.List([Block(spec, embed, inner) for spec in repeated])
-        self.final_norm = Norm(config.final_norm, embed, declare)
+        self.final_norm = (
+            None if config.final_norm is None else Norm(config.final_norm, embed, declare)
+        )
         self.head = (
             None
             if config.tied
-            else replace(declare, orientation=Orientation.OUT_IN).weight((embed,), (vocab,))
+            else replace(declare, orientation=Orientation.OUT_IN).weight((columns,), (vocab,))
         )
 
     def hidden(self, step: Step, cache: AnyCache, run: Runtime) -> tuple[Array, AnyCache]:
         """Returns (the normed residual stream [T, embed] after the last block, the cache)."""
         x = run.comm.lookup(self.embedding[...], step.tokens)
-        if self.config.embed_scale is not None:
-            x = x * jnp.asarray(self.config.embed_scale, x.dtype)
-        x = run.tap("embed", x)
+        if self.widening is not None:
+            x = self.widening.enter(x, run.comm, run.kernels)
+        x = run.tap("embed", self.entrance(x, step.positions, run))
         cache = cache.begin(run.step)
         if self.turns is None:
             for index, block in enumerate(self.layers):
                 x, cache = block(x, At(index), cache, run)
         else:
             x, cache = self._turns(x, cache, run)
-        return run.tap("final", self.final_norm(x, run.comm, Stage.RESIDUAL)), cache.end()
+        if self.final_norm is not None:
+            x = self.final_norm(x, run.comm, Stage.RESIDUAL)
+        return run.tap("final", x), cache.end()
 
     def _turns(self, x: Array, cache: AnyCache, run: Runtime) -> tuple[Array, AnyCache]:
         """Returns what `hidden` does, in one loop over the turns of the repeated layers."""
@@ -99,7 +111,11 @@ class Decoder(nnx.Module):
     ) -> Array:
         """Returns float32[R, V] of the stage `target` for hidden[R, embed] at `Stage.ENDS`."""
         table = self.embedding if self.head is None else self.head.values
+        if self.widening is not None:
+            hidden = self.widening.leave(hidden, comm, kernels)
         y = kernels.matmul(hidden, table[...], 1, Orientation.OUT_IN.value, jnp.dtype("float32"))
+        if self.config.unit_head:
+            y = per_unit_row(y, table[...], comm)
         # No target has the vocabulary cut, so its padding ends here.
         y = comm.move(y, Stage.SCORED, target)[:, : self.config.vocab_size]
         if self.config.logits_scale is not None:

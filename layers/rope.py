@@ -1,7 +1,7 @@
 """Rotary position embedding, with the published ways of stretching it.
 
 Source: Su et al. 2021 (RoPE); Chen et al. 2023 (linear); bloc97 2023 (dynamic NTK);
-Peng et al. 2023 (YaRN); the Llama 3.1 release (llama3).
+Peng et al. 2023 (YaRN); the Llama 3.1 release (llama3); Ding et al. 2024 (LongRoPE).
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ def rotation(spec: RopeSpec, positions: Array, lengths: Array) -> tuple[Array, A
 
     Args:
         positions: int32[T], position of each token in its sequence.
-        lengths: int32[T], length that decides a `dynamic` stretch: that of the prompt for
-            prompt tokens, of the sequence so far for later ones.
+        lengths: int32[T], length that decides a `dynamic` or `longrope` stretch: that of the
+            prompt for prompt tokens, of the sequence so far for later ones.
     """
     if spec.scaling is RopeScaling.DYNAMIC:
         inverse = _dynamic_frequencies(spec, lengths)
+    elif spec.scaling is RopeScaling.LONGROPE:
+        inverse = _longrope_frequencies(spec, lengths)
     else:
         inverse = jnp.asarray(inverse_frequencies(spec))[None, :]
     angles = positions.astype(jnp.float32)[:, None] * inverse
@@ -54,7 +56,7 @@ def inverse_frequencies(spec: RopeSpec) -> np.ndarray:
     exponents = np.arange(0, spec.rotary_dim, 2, dtype=np.float64) / spec.rotary_dim
     plain = spec.theta**-exponents
     match spec.scaling:
-        case RopeScaling.NONE | RopeScaling.DYNAMIC:
+        case RopeScaling.NONE | RopeScaling.DYNAMIC | RopeScaling.LONGROPE:
             inverse = plain
         case RopeScaling.LINEAR:
             inverse = plain / spec.factor
@@ -97,3 +99,13 @@ def _dynamic_frequencies(spec: RopeSpec, lengths: Array) -> Array:
     base = spec.theta * stretch ** (spec.rotary_dim / (spec.rotary_dim - 2))
     exponents = jnp.arange(0, spec.rotary_dim, 2, dtype=jnp.float32) / spec.rotary_dim
     return base ** -exponents[None, :]
+
+
+def _longrope_frequencies(spec: RopeSpec, lengths: Array) -> Array:
+    """Returns float32[T, rotary_dim / 2]: each frequency divided by a number of its own."""
+    plain = inverse_frequencies(spec)
+    short, long = (
+        jnp.asarray((plain / np.asarray(factors)).astype(np.float32))[None, :]
+        for factors in (spec.short_factors, spec.long_factors)
+    )
+    return jnp.where(lengths[:, None] > spec.original_context_tokens, long, short)

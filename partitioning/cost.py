@@ -337,7 +337,8 @@ def _start(config: ModelConfig, meter: _Meter) -> Iterator[Collective]:
 
 
 def _end(config: ModelConfig, meter: _Meter, step: Pass) -> Iterator[Collective]:
-    yield from meter.norm(config.final_norm, Stage.RESIDUAL, Where.ENDS)
+    if config.final_norm is not None:
+        yield from meter.norm(config.final_norm, Stage.RESIDUAL, Where.ENDS)
     lies = meter.placement(Stage.RESIDUAL)
     # Rows are taken on the devices that hold them; all others add zeros.
     taken = Placement((), lies.features, lies.tokens)

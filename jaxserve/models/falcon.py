@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from jaxserve.config import (
     AlibiSpec,
     AttentionSpec,
@@ -24,7 +22,7 @@ from jaxserve.models.activations import ACTIVATIONS
 from jaxserve.models.family import Family, Source
 from jaxserve.models.fields import Fields
 from jaxserve.models.rope import read_rope
-from jaxserve.models.tensors import embedding_sources, with_bias
+from jaxserve.models.tensors import by_group_sources, embedding_sources, norm_sources, with_bias
 
 
 def read(fields: Fields) -> ModelConfig:
@@ -130,7 +128,8 @@ def _ffn_dim(fields: Fields, embed_dim: int) -> int:
 def sources(config: ModelConfig) -> dict[str, Source]:
     """Returns where every weight comes from."""
     found = embedding_sources(config, "transformer.word_embeddings")
-    found |= _norm("final_norm", "transformer.ln_f", config.embed_dim)
+    assert config.final_norm is not None
+    found |= norm_sources("final_norm", "transformer.ln_f", config.final_norm, config.embed_dim)
     for index, layer in enumerate(config.layers):
         found |= _layer(layer, config.embed_dim, f"layers.{index}", f"transformer.h.{index}")
     return found
@@ -141,12 +140,9 @@ def _layer(layer: LayerSpec, embed_dim: int, name: str, stored: str) -> dict[str
     heads, ffn = (spec.num_heads, spec.head_dim), (mlp.ffn_dim,)
     sources: dict[str, Source] = {}
     for norm, tensor in _norm_names(layer).items():
-        sources |= _norm(f"{name}.{norm}", f"{stored}.{tensor}", embed_dim)
+        sources |= norm_sources(f"{name}.{norm}", f"{stored}.{tensor}", layer.norm, embed_dim)
     fused = f"{stored}.self_attention.query_key_value"
-    for member in ("q", "k", "v"):
-        sources[f"{name}.attention.{member}"] = _member(f"{fused}.weight", spec, member, embed)
-        if spec.qkv_bias:
-            sources[f"{name}.attention.{member}.bias"] = _member(f"{fused}.bias", spec, member, ())
+    sources |= by_group_sources(f"{name}.attention", fused, spec, embed_dim)
     sources |= with_bias(
         f"{name}.attention.out", f"{stored}.self_attention.dense", embed, heads, spec.out_bias
     )
@@ -162,31 +158,6 @@ def _norm_names(layer: LayerSpec) -> dict[str, str]:
     if layer.mlp_norm:
         return {"attention_norm": "ln_attn", "mlp_norm": "ln_mlp"}
     return {"attention_norm": "input_layernorm"}
-
-
-def _norm(name: str, tensor: str, embed_dim: int) -> dict[str, Source]:
-    return {
-        f"{name}.scale": Source(f"{tensor}.weight", (embed_dim,)),
-        f"{name}.bias": Source(f"{tensor}.bias", (embed_dim,)),
-    }
-
-
-def _member(tensor: str, spec: AttentionSpec, member: str, inputs: tuple[int, ...]) -> Source:
-    """Returns the source of q, k or v in the fused tensor.
-
-    Its rows are [K, G + 2, H]: per key head first its G query heads, then key, then value. With
-    one key head this is the layout of 7B, with N of them that of RW: three heads N times.
-    """
-    groups = spec.num_heads // spec.num_kv_heads
-    rows = (spec.num_kv_heads, groups + 2, spec.head_dim)
-
-    def select(fused: np.ndarray) -> np.ndarray:
-        by_group = fused.reshape(*rows, *inputs)
-        if member == "q":
-            return by_group[:, :groups].reshape(spec.num_heads, spec.head_dim, *inputs)
-        return by_group[:, groups if member == "k" else groups + 1]
-
-    return Source(tensor, (math.prod(rows), *inputs), select)
 
 
 FAMILY = Family(

@@ -159,6 +159,24 @@ class Fields:
             raise self._wrong(name, value, "a list of words")
         return value
 
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """Returns a list of positive finite numbers."""
+        value = self._take(name, None)
+        if not isinstance(value, list) or not all(
+            isinstance(one, int | float) and math.isfinite(one) and one > 0 for one in value
+        ):
+            raise self._wrong(name, value, "a list of positive numbers")
+        return tuple(float(one) for one in value)
+
+    def integers(self, name: str, default: list[int] | None = None) -> tuple[int, ...]:
+        """Returns a list of whole numbers of at least 0; without a default it is required."""
+        value = self._take(name, default)
+        if not isinstance(value, list) or not all(
+            isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in value
+        ):
+            raise self._wrong(name, value, "a list of whole numbers")
+        return tuple(value)
+
     def table(self, name: str) -> Fields | None:
         """Returns the fields of a nested object, or None where it is left out or empty."""
         value = self._take(name, {})

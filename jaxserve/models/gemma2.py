@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from jaxserve.config import (
     AttentionSpec,
@@ -13,14 +12,12 @@ from jaxserve.config import (
     NormKind,
     NormSpec,
 )
-from jaxserve.errors import ConfigError
 from jaxserve.models.activations import ACTIVATIONS
 from jaxserve.models.family import Family, Source
 from jaxserve.models.fields import Fields
 from jaxserve.models.rope import read_rope
-from jaxserve.models.tensors import projection_sources
-
-SLIDING, FULL = "sliding_attention", "full_attention"
+from jaxserve.models.tensors import IGNORABLE, projection_sources
+from jaxserve.models.windows import FULL, SLIDING, windowed_layers
 
 
 def read(fields: Fields) -> ModelConfig:
@@ -30,11 +27,15 @@ def read(fields: Fields) -> ModelConfig:
     norm = NormSpec(NormKind.RMS, fields.number("rms_norm_eps", 1e-6), unit_offset=True)
     attention, context = _attention(fields)
     layer = LayerSpec(attention, _mlp(fields), norm, post_norms=True)
+    window = fields.optional_integer("sliding_window", 4096)
+    if window is not None:
+        fields.only("sliding_window_size", (window,), "sliding_window decides, and differs")
+    default = [(SLIDING, FULL)[i % 2] for i in range(fields.integer("num_hidden_layers"))]
     return ModelConfig(
         "gemma2",
         fields.integer("vocab_size"),
         embed_dim,
-        _layers(fields, layer),
+        windowed_layers(fields, layer, window, default),
         norm,
         context,
         tied=fields.flag("tie_word_embeddings", True),
@@ -68,24 +69,6 @@ def _mlp(fields: Fields) -> MlpSpec:
     return MlpSpec(fields.integer("intermediate_size"), activation, gated=True)
 
 
-def _layers(fields: Fields, layer: LayerSpec) -> tuple[LayerSpec, ...]:
-    """Returns one spec per layer, with a window where the layer slides."""
-    count = fields.integer("num_hidden_layers")
-    window = fields.optional_integer("sliding_window", 4096)
-    if window is not None:
-        fields.only("sliding_window_size", (window,), "sliding_window decides, and differs")
-    types = fields.words("layer_types", [(SLIDING, FULL)[i % 2] for i in range(count)])
-    if len(types) != count or not set(types) <= {SLIDING, FULL}:
-        raise ConfigError(
-            f"layer_types={types!r} must have num_hidden_layers={count} entries, "
-            f"each {SLIDING!r} or {FULL!r}"
-        )
-    if SLIDING in types and window is None:
-        raise ConfigError(f"layer_types has {SLIDING!r}, but sliding_window is null; set it")
-    sliding = replace(layer, attention=replace(layer.attention, window=window))
-    return tuple(sliding if kind == SLIDING else layer for kind in types)
-
-
 def sources(config: ModelConfig) -> dict[str, Source]:
     """Returns where every weight comes from."""
     norms = {
@@ -97,11 +80,4 @@ def sources(config: ModelConfig) -> dict[str, Source]:
     return projection_sources(config, norms)
 
 
-FAMILY = Family(
-    "gemma2",
-    ("Gemma2ForCausalLM",),
-    ("gemma2",),
-    read,
-    sources,
-    (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight"),
-)
+FAMILY = Family("gemma2", ("Gemma2ForCausalLM",), ("gemma2",), read, sources, IGNORABLE)

@@ -15,7 +15,7 @@ from jaxserve.models.activations import ACTIVATIONS
 from jaxserve.models.family import Family, Source
 from jaxserve.models.fields import Fields
 from jaxserve.models.rope import read_rope
-from jaxserve.models.tensors import projection_sources
+from jaxserve.models.tensors import IGNORABLE, projection_sources
 
 
 def read(fields: Fields) -> ModelConfig:
@@ -59,16 +59,7 @@ def read(fields: Fields) -> ModelConfig:
 
 def sources(config: ModelConfig) -> dict[str, Source]:
     """Returns where every weight comes from."""
-    return projection_sources(
-        config, {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    )
+    return projection_sources(config)
 
 
-FAMILY = Family(
-    "llama",
-    ("LlamaForCausalLM",),
-    ("llama",),
-    read,
-    sources,
-    (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight"),
-)
+FAMILY = Family("llama", ("LlamaForCausalLM",), ("llama",), read, sources, IGNORABLE)

@@ -21,10 +21,18 @@ SCALINGS = {
     "dynamic": RopeScaling.DYNAMIC,
     "llama3": RopeScaling.LLAMA3,
     "yarn": RopeScaling.YARN,
+    "longrope": RopeScaling.LONGROPE,
+    "su": RopeScaling.LONGROPE,
 }
 
 
-def read_rope(fields: Fields, rotary_dim: int, max_positions: int) -> tuple[RopeSpec, int]:
+def read_rope(
+    fields: Fields,
+    head_dim: int,
+    max_positions: int,
+    theta: float = DEFAULT_THETA,
+    partial: float | None = None,
+) -> tuple[RopeSpec, int]:
     """Returns (the rotary embedding, the context in tokens that it reaches).
 
     The context is `max_position_embeddings`, except where that is by definition the context
@@ -32,32 +40,41 @@ def read_rope(fields: Fields, rotary_dim: int, max_positions: int) -> tuple[Rope
 
     Args:
         max_positions: the config's `max_position_embeddings`.
+        theta: base of the frequencies where the config says nothing.
+        partial: part of a head that turns where the config says nothing; None means that whole
+            heads do, whatever it says.
     """
-    _whole_heads(fields)
     table = _table(fields)
+    rotary_dim = int(head_dim * _partial(fields, table, partial))
     if table is None:
-        theta = fields.number("rope_theta", DEFAULT_THETA)
-        return RopeSpec(rotary_dim, theta), max_positions
-    _whole_heads(table)
-    theta = _theta(fields, table)
+        return RopeSpec(rotary_dim, fields.number("rope_theta", theta)), max_positions
+    theta = _theta(fields, table, theta)
+    found = rope_of_table(table, rotary_dim, theta, max_positions)
+    table.finish()
+    return found
+
+
+def rope_of_table(
+    table: Fields, rotary_dim: int, theta: float, max_positions: int
+) -> tuple[RopeSpec, int]:
+    """Returns what `read_rope` does, of the object that holds the parameters."""
     scaling = table.choice(_kind_field(table), "default", SCALINGS)
+    context = max_positions
     match scaling:
         case RopeScaling.NONE:
             values: dict[str, Any] = {}
-            context = max_positions
         case RopeScaling.LINEAR:
             values = {"factor": table.number("factor")}
-            context = max_positions
         case RopeScaling.DYNAMIC:
             values = _dynamic(table, max_positions)
             context = int(max_positions * values["factor"])
         case RopeScaling.LLAMA3:
             values = _llama3(table, max_positions)
-            context = max_positions
         case RopeScaling.YARN:
             values = _yarn(table, max_positions)
             context = max(max_positions, int(values["original_context_tokens"] * values["factor"]))
-    table.finish()
+        case RopeScaling.LONGROPE:
+            values = _longrope(table, max_positions)
     return RopeSpec(rotary_dim, theta, scaling=scaling, **values), context
 
 
@@ -71,8 +88,8 @@ def _table(fields: Fields) -> Fields | None:
     return old or new
 
 
-def _theta(fields: Fields, table: Fields) -> float:
-    outer = fields.number("rope_theta", DEFAULT_THETA)
+def _theta(fields: Fields, table: Fields, default: float) -> float:
+    outer = fields.number("rope_theta", default)
     inner = table.number("rope_theta", outer)
     if fields.has("rope_theta") and inner != outer:
         raise ConfigError(
@@ -90,8 +107,18 @@ def _kind_field(table: Fields) -> str:
     return "rope_type"
 
 
-def _whole_heads(fields: Fields) -> None:
-    fields.only("partial_rotary_factor", (1.0,), "its models rotate whole heads")
+def _partial(fields: Fields, table: Fields | None, default: float | None) -> float:
+    """Returns the part of a head that turns; both places are checked if both say it."""
+    name = "partial_rotary_factor"
+    if default is None:
+        part, why = 1.0, "its models rotate whole heads"
+    else:
+        inner = default if table is None else table.number(name, default)
+        part, why = fields.number(name, inner), "it contradicts rope_parameters"
+    for place in (fields, table):
+        if place is not None:
+            place.only(name, (part,), why)
+    return part
 
 
 def _dynamic(table: Fields, max_positions: int) -> dict[str, Any]:
@@ -121,6 +148,20 @@ def _yarn(table: Fields, max_positions: int) -> dict[str, Any]:
         "beta_slow": table.number("beta_slow", 1.0),
         "truncate": table.flag("truncate", True),
         "attention_factor": attention_factor,
+    }
+
+
+def _longrope(table: Fields, max_positions: int) -> dict[str, Any]:
+    """Source: Ding et al. 2024, section 3.3 and, for the factor of attention, its equation 7."""
+    original = table.integer("original_max_position_embeddings")
+    factor = table.number("factor", max_positions / original)
+    implied = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return {
+        "factor": max(factor, 1.0),
+        "original_context_tokens": original,
+        "attention_factor": table.number("attention_factor", implied),
+        "short_factors": table.numbers("short_factor"),
+        "long_factors": table.numbers("long_factor"),
     }
 
 

@@ -6,8 +6,14 @@ import math
 
 import numpy as np
 
-from jaxserve.config import LayerSpec, ModelConfig
+from jaxserve.config import AttentionSpec, LayerSpec, ModelConfig, NormSpec
 from jaxserve.models.family import Source
+
+LLAMA_NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+"""Norms of a block by their names in checkpoints of Llama and of most models since."""
+
+IGNORABLE = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight")
+"""Tensors without weights of their own in such checkpoints."""
 
 
 def reshaped(tensor: str, *sides: tuple[int, ...]) -> Source:
@@ -35,16 +41,90 @@ def with_bias(
     return sources
 
 
-def embedding_sources(config: ModelConfig, embedding: str) -> dict[str, Source]:
-    """Returns sources of the embedding and, where it is not tied, of the output head."""
-    table = (config.vocab_size, config.embed_dim)
-    sources = {"embedding": Source(f"{embedding}.weight", table)}
-    if not config.tied:
-        sources["head"] = Source("lm_head.weight", table)
+def norm_sources(name: str, tensor: str, spec: NormSpec, size: int) -> dict[str, Source]:
+    """Returns sources of a norm over `size` features."""
+    sources = {f"{name}.scale": Source(f"{tensor}.weight", (size,))}
+    if spec.bias:
+        sources[f"{name}.bias"] = Source(f"{tensor}.bias", (size,))
     return sources
 
 
-def projection_sources(config: ModelConfig, norms: dict[str, str]) -> dict[str, Source]:
+def stacked_sources(
+    members: dict[str, tuple[int, ...]],
+    tensor: str,
+    inputs: tuple[int, ...],
+    bias: bool = False,
+    inputs_first: bool = False,
+) -> dict[str, Source]:
+    """Returns sources of linear maps whose outputs lie one after the other in one tensor.
+
+    Args:
+        members: name -> outputs, in the order in which they lie.
+        inputs_first: the tensor is [inputs, outputs].
+    """
+    total, start = sum(math.prod(outputs) for outputs in members.values()), 0
+    sources: dict[str, Source] = {}
+    for name, outputs in members.items():
+        rows = slice(start, start := start + math.prod(outputs))
+        shape = (total, math.prod(inputs))
+
+        def weight(stored: np.ndarray, rows=rows, outputs=outputs) -> np.ndarray:
+            outputs_first = stored.T if inputs_first else stored
+            return outputs_first[rows].reshape(*outputs, *inputs)
+
+        def vector(stored: np.ndarray, rows=rows, outputs=outputs) -> np.ndarray:
+            return stored[rows].reshape(outputs)
+
+        sources[name] = Source(f"{tensor}.weight", shape[::-1] if inputs_first else shape, weight)
+        if bias:
+            sources[f"{name}.bias"] = Source(f"{tensor}.bias", (total,), vector)
+    return sources
+
+
+def by_group_sources(
+    name: str, tensor: str, spec: AttentionSpec, embed_dim: int
+) -> dict[str, Source]:
+    """Returns sources of q, k and v, fused group by group.
+
+    Rows of the tensor are [K, G + 2, H]: per key head first its G query heads, then key, then
+    value; with N key heads that is query, key and value of head after head.
+    """
+    sources: dict[str, Source] = {}
+    for member in ("q", "k", "v"):
+        own = f"{name}.{member}"
+        sources[own] = _of_group(f"{tensor}.weight", spec, member, (embed_dim,))
+        if spec.qkv_bias:
+            sources[f"{own}.bias"] = _of_group(f"{tensor}.bias", spec, member, ())
+    return sources
+
+
+def _of_group(tensor: str, spec: AttentionSpec, member: str, inputs: tuple[int, ...]) -> Source:
+    groups = spec.num_heads // spec.num_kv_heads
+    rows = (spec.num_kv_heads, groups + 2, spec.head_dim)
+
+    def select(fused: np.ndarray) -> np.ndarray:
+        by_group = fused.reshape(*rows, *inputs)
+        if member == "q":
+            return by_group[:, :groups].reshape(spec.num_heads, spec.head_dim, *inputs)
+        return by_group[:, groups if member == "k" else groups + 1]
+
+    return Source(tensor, (math.prod(rows), *inputs), select)
+
+
+def embedding_sources(
+    config: ModelConfig, embedding: str, head: str = "lm_head"
+) -> dict[str, Source]:
+    """Returns sources of the embedding and, where it is not tied, of the output head."""
+    table = (config.vocab_size, config.table_dim or config.embed_dim)
+    sources = {"embedding": Source(f"{embedding}.weight", table)}
+    if not config.tied:
+        sources["head"] = Source(f"{head}.weight", table)
+    return sources
+
+
+def projection_sources(
+    config: ModelConfig, norms: dict[str, str] = LLAMA_NORMS
+) -> dict[str, Source]:
     """Returns all sources of a model with Llama's tensor names.
 
     Args:
@@ -81,6 +161,11 @@ def _layer_projections(
     sources |= with_bias(
         f"{attention}.out", f"{stored_attention}.o_proj", embed, heads, spec.out_bias
     )
+    if spec.qk_norm is not None:
+        for norm in ("q_norm", "k_norm"):
+            sources |= norm_sources(
+                f"{attention}.{norm}", f"{stored_attention}.{norm}", spec.qk_norm, spec.head_dim
+            )
     for member, outputs, inputs in (
         ("gate", ffn, embed),
         ("up", ffn, embed),

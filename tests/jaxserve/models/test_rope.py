@@ -77,7 +77,7 @@ def test_dynamic_needs_more_than_one_frequency() -> None:
         read_rope(Fields("llama", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}), 2, 64)
 
 
-@pytest.mark.parametrize("kind", ["longrope", "su", "mrope", "proportional"])
+@pytest.mark.parametrize("kind", ["mrope", "proportional"])
 def test_an_unsupported_kind_is_refused_with_the_supported_ones(kind: str) -> None:
     message = f"rope_scaling.(rope_)?type='{kind}' is not supported.*llama3, yarn"
     for field in ("type", "rope_type"):
