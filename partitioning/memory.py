@@ -1,0 +1,179 @@
+"""What a step keeps in a device's memory.
+
+    memory = memory_of(share, on, Kept(WEIGHTS["int8"], KV["bfloat16"]), batch=64, context=2048)
+    memory.total_bytes, memory.free_bytes           # free is below zero where it does not fit
+
+Weights and cache are exact sums of shards. Temporaries are an estimate: the gathered weights of a
+product, a layer's widest activations and the logits; `--verify` has the compiler's
+figure. No JAX.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jaxserve.config import AttentionSpec, BlockKind
+from jaxserve.partitioning.dtypes import KV, WEIGHTS, Stored
+from jaxserve.partitioning.hardware import ChipSlice
+from jaxserve.partitioning.layout import Stage
+from jaxserve.partitioning.work import Share
+
+RESERVED_SHARE = 0.05
+"""Share of a device's memory that is left to its runtime, as an engine leaves it (assumed)."""
+
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Dtypes.
+
+    Attributes:
+        weights, kv: how weights, and keys and values, are stored.
+        activation_bytes: of an element of an activation.
+    """
+
+    weights: Stored = WEIGHTS["bfloat16"]
+    kv: Stored = KV["bfloat16"]
+    activation_bytes: int = 2
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    Attributes:
+        weights_bytes: parameters, padded.
+        kv_bytes: keys and values of all sequences at their longest.
+        gathered_bytes: weights that a product gathers.
+        activation_bytes: the widest activations of a layer.
+        logits_bytes: scores of the vocabulary.
+        reserve_bytes: left to the runtime.
+        device_bytes: the device's memory.
+    """
+
+    weights_bytes: Any
+    kv_bytes: Any
+    gathered_bytes: Any
+    activation_bytes: Any
+    logits_bytes: Any
+    reserve_bytes: float
+    device_bytes: float
+
+    @property
+    def total_bytes(self) -> Any:
+        """Returns what is taken, the reserve included."""
+        temporary = self.gathered_bytes + self.activation_bytes + self.logits_bytes
+        return self.weights_bytes + self.kv_bytes + temporary + self.reserve_bytes
+
+    @property
+    def free_bytes(self) -> Any:
+        """Returns what is left; below zero, what is short."""
+        return self.device_bytes - self.total_bytes
+
+
+def memory_of(
+    share: Share, on: ChipSlice, kept: Kept, *, batch: Any, context: int, new: Any = 1
+) -> Memory:
+    """Returns what a step keeps.
+
+    Args:
+        batch: sequences.
+        context: tokens of a sequence at its longest.
+        new: tokens of a sequence in a step.
+    """
+    tokens = share.tokens(batch, new)
+    return Memory(
+        weights_bytes(share, kept),
+        kv_bytes(share, kept, batch, context),
+        _gathered(share, kept),
+        _activations(share, tokens) * kept.activation_bytes,
+        _logits(share, batch),
+        RESERVED_SHARE * on.device_hbm_bytes,
+        on.device_hbm_bytes,
+    )
+
+
+def weights_bytes(share: Share, kept: Kept) -> float:
+    """Returns the bytes of a device's parameters; tables and vectors stay in 16 bits or more."""
+    plain = max(2.0, min(kept.weights.bits / 8, 4.0))
+    total = plain * (share.table_elements + share.vector_elements)
+    for op in share.products:
+        total += op.stored * op.turns * kept.weights.per_element(op.inputs)
+    return total
+
+
+def kv_bytes(share: Share, kept: Kept, batch: Any, context: int) -> Any:
+    """Returns the bytes of the keys and values that a device keeps."""
+    rows = share.local_rows(batch)
+    per_row = 0.0
+    for run in share.runs:
+        spec = run.layer.attention
+        tokens = kept_tokens(spec, context) / share.stripes
+        element = kept.kv.per_element(spec.head_dim)
+        per_row += run.turns * tokens * share.kv_elements(spec) * element
+    return rows * per_row
+
+
+def kept_tokens(spec: AttentionSpec, context: int) -> int:
+    """Returns the tokens of a sequence that a layer keeps."""
+    if spec.window is None:
+        return context
+    return min(context, spec.window + spec.sink_tokens)
+
+
+def max_context(share: Share, kept: Kept, *, batch: int, budget_bytes: float) -> int:
+    """Returns the longest context whose keys and values fit in a part of the memory."""
+    least, most = 0, 1
+    while kv_bytes(share, kept, batch, most) <= budget_bytes:
+        least, most = most, most * 2
+        if most > 1 << 40:
+            return most
+    while most - least > 1:
+        middle = (least + most) // 2
+        if kv_bytes(share, kept, batch, middle) <= budget_bytes:
+            least = middle
+        else:
+            most = middle
+    return least
+
+
+def _gathered(share: Share, kept: Kept) -> float:
+    """Returns the gathered weights of the product that has the most; the next waits for it."""
+    return max(
+        op.used * kept.weights.per_element(op.inputs) if op.used > op.stored else 0.0
+        for op in share.products
+    )
+
+
+def _activations(share: Share, tokens: Any) -> Any:
+    """Returns the elements of a layer's activations where they are widest."""
+    embed = share.config.embed_dim
+    residual = embed / _product(share.pieces(Stage.RESIDUAL))
+    entering = embed / _product(share.pieces(Stage.INPUT))
+    cut, pieces = share.pieces(Stage.PROJECTED)
+    widest = 0.0
+    for run in share.runs:
+        spec, mlp = run.layer.attention, run.layer.mlp
+        heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+        ffn = mlp.ffn_dim * (2 if mlp.gated else 1)
+        width = heads + ffn if run.layer.block is BlockKind.PARALLEL else max(heads, ffn)
+        widest = max(widest, width / (cut * pieces))
+    # A projection's result and what the non-linearity makes of it.
+    return tokens * (residual + entering + 1.5 * widest)
+
+
+def _logits(share: Share, batch: Any) -> Any:
+    """Returns the scores as the product leaves them and as the sampler reads them, in float32."""
+    vocab = share.config.vocab_size
+    devices = _product(share.sizes.values())
+    rows = -(-batch // devices)
+    return _FLOAT32 * (batch * vocab / share.pieces(Stage.SCORED)[1] + 2 * rows * vocab)
+
+
+def _product(numbers: Any) -> int:
+    found = 1
+    for number in numbers:
+        found *= number
+    return found
