@@ -167,6 +167,25 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def tables(found: list[dict[str, Any]]) -> Iterator[str]:
+    """Yields the bytes that a chip receives in a layer, in MB; starred where compiled differs."""
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in found:
+        mark = "" if row.get("exact") else "*"
+        wire = row.get("layer_wire_bytes")
+        text = "failed" if wire is None else f"{wire / 1e6:.3f}{mark}"
+        line = row["phase"], row["slice"], row["model"], row["ffn"]
+        cells.setdefault(line, {})[row["heads"]] = text
+    for phase in dict.fromkeys(line[0] for line in cells):
+        yield f"\n{phase}:\n"
+        yield f"| slice | model | layout | {' | '.join(HEADS)} |"
+        yield "|---" * (3 + len(HEADS)) + "|"
+        for line, found_heads in cells.items():
+            if line[0] == phase:
+                values = [found_heads.get(name, "") for name in HEADS]
+                yield f"| {' | '.join([*line[1:], *values])} |"
+
+
 def main() -> None:
     """Compiles what is missing and prints the rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -180,6 +199,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", choices=choices, action="append", help="may be repeated")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--out", type=Path, default=RESULTS, help="file that keeps the rows")
+    parser.add_argument("--table", action="store_true", help="print tables in Markdown")
     parser.add_argument("--fresh", action="store_true", help="compile rows again that are kept")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -197,6 +217,9 @@ def main() -> None:
             save(args.out, found)
             print(*key(row), row.get("exact", row.get("error")), file=sys.stderr, flush=True)
     asked = [found[key(asdict(row))] for row in wanted if key(asdict(row)) in found]
+    if args.table:
+        print("\n".join(tables(asked)))
+        return
     if args.json:
         print(json.dumps({"summary": summary(asked), "rows": asked}))
         return

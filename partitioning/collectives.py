@@ -262,6 +262,8 @@ class MeshComm:
             over = tuple(axis for axis in stored if axis not in used and sizes[axis] > 1)
             if over:
                 values = lax.all_gather(values, over, axis=dim, tiled=True)
+                # Or else XLA swaps gathers, or turns the weight around between them.
+                values = lax.optimization_barrier(values)
         return values
 
     def vector(self, values: Any, stage: Stage, kv_heads: int | None = None) -> Array:
@@ -450,10 +452,10 @@ class MeshComm:
             width = arrays[0].shape[-1] // pieces
             if len(arrays) == 1 and arrays[0].ndim == 2 and width % _LANES == rows % _TILE[0] == 0:
                 return [lax.psum_scatter(arrays[0], move.axes, scatter_dimension=1, tiled=True)]
-            flat = [x.reshape(rows, pieces, -1) for x in arrays]
-            joined = flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=2)
             # Without the barrier XLA would move the shuffle into the weights, in every step.
-            joined = jnp.moveaxis(lax.optimization_barrier(joined), 1, 0)
+            flat = [lax.optimization_barrier(x).reshape(rows, pieces, -1) for x in arrays]
+            joined = flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=2)
+            joined = jnp.moveaxis(joined, 1, 0)
             shapes = [(rows, x.shape[1] // pieces, *x.shape[2:]) for x in arrays]
         out = _scattered(joined, move.axes)
         ends, found = 0, []

@@ -118,10 +118,13 @@ def moves(source: Placement, target: Placement, mesh_axes: Collection[str] = AXE
         else:
             for axes in _nested(tuple(reversed(run)), is_whole(run), inner_first=True):
                 found.append(Move(Kind.ALL_GATHER, axes, Dim.TOKENS))
-    # Out of the features to nowhere; sums first, while there is less to sum.
+    # Out of the features to nowhere; sums first, while there is less to sum, unless scattering
+    # leaves still less of it.
     stay = {*target.features, *target.tokens}
-    if summed := tuple(axis for axis in source.partial if axis not in stay):
-        found.append(Move(Kind.ALL_REDUCE, summed))
+    summed = tuple(axis for axis in source.partial if axis not in stay)
+    sums = [Move(Kind.ALL_REDUCE, summed)] if summed else []
+    scatters = len(summed) < len(source.partial)
+    found.extend([] if scatters else sums)
     leaving = [axis for axis in reversed(features) if axis not in stay]
     if leaving:
         _drop(features, leaving)
@@ -141,6 +144,7 @@ def moves(source: Placement, target: Placement, mesh_axes: Collection[str] = AXE
     for state, run in _runs(arriving, lambda axis: _state(axis, features, source.partial)):
         features.extend(run)
         found.extend(_arrivals(state, run, Dim.FEATURES, is_whole(run)))
+    found.extend(sums if scatters else [])
     if (tuple(tokens), tuple(features)) != (target.tokens, target.features):
         raise ValueError(f"no sequence of moves takes {source} to {target}")
     return found

@@ -5,7 +5,8 @@
 
 A step should read weights and cache where they lie. A copy counts if it moves an argument of the
 program, or a part of one, and either turns it around or leaves it in the large memory; to bring
-it as it lies into fast memory is how it is read. No JAX.
+it as it lies into fast memory is how it is read, and a layer's part of a stack that goes to a
+collective has to lie on its own. No JAX.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jaxserve.partitioning.cost import Where
-from jaxserve.partitioning.hlo import Instruction, Program, Shape, parse
+from jaxserve.partitioning.hlo import Computation, Instruction, Program, Shape, parse
 
 LEAST_BYTES = 2**20
+"""Larger copies count: smaller ones cost less than a step's own overheads."""
 
 _SAME = (
     *("bitcast", "reshape", "copy", "transpose", "slice", "dynamic-slice", "convert"),
@@ -64,7 +66,7 @@ class _Frame:
 
 
 def relayouts(text: str, least_bytes: int = LEAST_BYTES) -> list[Relayout]:
-    """Returns the copies of arguments of at least `least_bytes`, in order."""
+    """Returns the copies of arguments of more than `least_bytes`, in order."""
     program = parse(text)
     return list(_walk(program, _Frame(program.entry, Where.ENDS), least_bytes))
 
@@ -78,7 +80,7 @@ def _walk(program: Program, frame: _Frame, least: int) -> Iterator[Relayout]:
             for names in line.called.values():
                 for name in names:
                     yield from _walk(program, _Frame(name, frame.where, frame, line), least)
-        elif line.shapes and line.shapes[0].bytes >= least and _is_copy(program, frame, line):
+        elif line.shapes and line.shapes[0].bytes > least and _is_copy(program, frame, line):
             argument = _argument(program, frame, line.name)
             if argument is not None:
                 yield Relayout(line.name, argument, line.shapes[0], frame.where)
@@ -100,7 +102,17 @@ def _is_copy(program: Program, frame: _Frame, line: Instruction) -> bool:
             return False
         turned = turned or own.op in ("copy", "transpose")
         name = own.operands[0]
-    return own.op == "parameter" and (turned or line.shapes[0].space == 0)
+    left = line.shapes[0].space == 0 and not _is_sent(program.computations[frame.name], line.name)
+    return own.op == "parameter" and (turned or left)
+
+
+def _is_sent(computation: Computation, name: str) -> bool:
+    """Returns whether collectives alone read a value."""
+    readers = [line for line in computation.lines.values() if name in line.operands]
+    return bool(readers) and all(
+        _is_sent(computation, line.name) if line.op == "bitcast" else line.op.startswith("all-")
+        for line in readers
+    )
 
 
 def _argument(program: Program, frame: _Frame, name: str) -> int | None:

@@ -88,7 +88,9 @@ class SlabCache:
                 _written(x, layer.turn, self.positions[:, 0], y)
                 for x, y in zip(old, new, strict=True)
             ]
-            read = [lax.dynamic_index_in_dim(x, layer.turn, 0, False) for x in arrays]
+            # Read when the queries are there: before, it would lie in the way of the projections.
+            q, turn = lax.optimization_barrier((q, layer.turn))
+            read = [lax.dynamic_index_in_dim(x, turn, 0, False) for x in arrays]
         else:
             zero = jnp.zeros((), jnp.int32)
             start = layer.turn, zero, zero, zero, zero

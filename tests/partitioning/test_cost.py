@@ -24,6 +24,7 @@ from jaxserve.partitioning.cost import (
     totals,
 )
 from jaxserve.partitioning.layout import Ffn, Heads, PhaseLayout
+from jaxserve.partitioning.placement import Dim, Kind, Move, Placement, moves
 
 CUBE = {"x": 4, "y": 4, "z": 4}
 E, F, N, H = 512, 2048, 64, 2
@@ -209,3 +210,13 @@ def test_one_device_sends_nothing():
 )
 def test_a_chip_receives_what_it_does_not_hold(kind, expected):
     assert Collective(kind, ("x",), "bf16", 1024).wire_bytes({"x": 4, "y": 2}) == expected
+
+
+def test_what_is_left_of_a_scatter_is_summed():
+    # Logits want a width cut over x of rows that lie over x and y: y adds up the pieces.
+    taken, wanted = Placement((), (), ("x", "y")), Placement((), ("x",))
+    scatter = Move(Kind.REDUCE_SCATTER, ("x",), Dim.FEATURES)
+    assert moves(taken, wanted) == [scatter, Move(Kind.ALL_REDUCE, ("y",))]
+    # With nothing to scatter, sums come before the gather, while there is less to sum.
+    cut = Placement((), ("x",), ("y",))
+    assert [move.kind for move in moves(cut, Placement())] == [Kind.ALL_REDUCE, Kind.ALL_GATHER]

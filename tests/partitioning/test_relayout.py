@@ -13,7 +13,7 @@ CALL = "fusion(%w, %n), kind=kLoop, calls=%turn"
 
 def found(line: str, inside: str = "") -> list[tuple[str, int, Where]]:
     text = PROGRAM.replace("LINE", line).replace("INSIDE", inside)
-    return [(one.name, one.argument, one.where) for one in relayouts(text)]
+    return [(one.name, one.argument, one.where) for one in relayouts(text, least_bytes=2**20 - 1)]
 
 
 def test_a_copy_of_what_was_computed_does_not_count():
@@ -42,6 +42,18 @@ def test_a_layer_copied_out_of_the_stack_counts():
         f"%k = bf16[1,1024,512]{{2,1,0:T(8,128)(2,1)}} {CALL}",
         f"ROOT %s = bf16[1,1024,512]{{2,1,0:T(8,128)(2,1)}} {SLICE}",
     ) == [("k", 0, Where.LAYER)]
+
+
+def test_a_layer_cut_out_to_be_gathered_does_not_count():
+    line = f"%k = bf16[1,1024,512]{{2,1,0:T(8,128)(2,1)}} {CALL}"
+    inside = f"ROOT %s = bf16[1,1024,512]{{2,1,0:T(8,128)(2,1)}} {SLICE}"
+    gathered = (
+        "%b = bf16[1024,512]{1,0:T(8,128)(2,1)} bitcast(%k)\n"
+        "  %g = bf16[2048,512]{1,0:T(8,128)(2,1)} all-gather(%b), dimensions={0}"
+    )
+    assert found(f"{line}\n  {gathered}", inside) == []
+    used = "%u = bf16[1,1024,512]{2,1,0:T(8,128)(2,1)} negate(%k)"
+    assert found(f"{line}\n  {gathered}\n  {used}", inside) == [("k", 0, Where.LAYER)]
 
 
 def test_a_turn_within_a_fusion_counts():
@@ -78,5 +90,5 @@ def test_an_update_in_place_is_no_copy_and_a_copy_after_it_is_one():
 def test_small_copies_do_not_count():
     line = "%k = bf16[4,1024,512]{1,2,0:T(8,128)(2,1)} copy(%w)"
     text = PROGRAM.replace("LINE", line).replace("INSIDE", "")
-    assert len(relayouts(text, least_bytes=4 * 2**20)) == 1
-    assert relayouts(text, least_bytes=4 * 2**20 + 1) == []
+    assert len(relayouts(text, least_bytes=4 * 2**20 - 1)) == 1
+    assert relayouts(text, least_bytes=4 * 2**20) == []

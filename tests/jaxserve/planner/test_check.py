@@ -68,6 +68,8 @@ PADDED = model(BlockKind.PARALLEL, num_heads=12, kv_heads=1)
         pytest.param(PALM, Ffn.WS2D, Heads.BATCH, 1, "v4:2x2x2", id="ws2d"),
         pytest.param(PADDED, Ffn.WS2D, Heads.HEADS, 1, "v5e:2x4", id="padded"),
         pytest.param(FALCON, Ffn.WG_X, Heads.HEADS_BATCH, 16, "v5e:2x4", id="wg-x"),
+        pytest.param(SERIAL, Ffn.WG_XY, Heads.HEADS_BATCH_XY, 16, "v4:2x2x2", id="wg-xy"),
+        pytest.param(PALM, Ffn.WG_XYZ, Heads.BATCH, 16, "v5e:2x4", id="wg-xyz"),
     ],
 )
 def test_compiled_communication_is_as_predicted(config, ffn, heads, length, on):
