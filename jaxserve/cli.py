@@ -314,14 +314,14 @@ def _engine_options(max_sequences: int, max_step_tokens: int, kv_mib: int | None
 
 
 def _print_memory(runner: ModelRunner, options: EngineOptions, as_json: bool) -> None:
-    """Prints the memory plan of an engine, on each device, and what it has room for."""
+    """Prints the memory plan of an engine, on each device, and what all have room for."""
     from dataclasses import asdict
 
     from jaxserve.serving.memory_plan import device_memory, memory_plan
 
     runner.compile_largest()
     plan = memory_plan(runner, device_memory())
-    room = runner.geometry.num_tokens
+    room = runner.kv_tokens
     if as_json:
         _print_json(asdict(plan) | {"total_bytes": plan.total_bytes, "kv_tokens": room})
     else:

@@ -354,6 +354,11 @@ class ModelRunner:
         }
 
     @property
+    def kv_tokens(self) -> int:
+        """Returns the tokens that the pools of all shards hold."""
+        return self.program.comm.num_shards * self.geometry.num_tokens
+
+    @property
     def num_executables(self) -> int:
         """Returns how many programs `warm_up` has ready."""
         return len(self._keys())

@@ -10,6 +10,13 @@ import typer
 
 from jaxserve.benchmark.serve_cli import serve
 from jaxserve.errors import JaxserveError
+from jaxserve.mesh_cli import (
+    AttentionOption,
+    DevicesOption,
+    LayoutOption,
+    MeshOption,
+    PrefillLayoutOption,
+)
 
 app = typer.Typer(help="Measure the engine on this machine, or a server.", no_args_is_help=True)
 app.command()(serve)
@@ -29,6 +36,11 @@ def throughput(
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16 or float32; by default as the checkpoint")
     ] = None,
+    mesh: MeshOption = None,
+    layout: LayoutOption = None,
+    prefill_layout: PrefillLayoutOption = None,
+    attention: AttentionOption = None,
+    devices: DevicesOption = None,
     requests: Annotated[int, typer.Option(help="how many")] = 200,
     rate: Annotated[
         float | None, typer.Option(help="arrivals per second (Poisson); by default all at once")
@@ -63,6 +75,13 @@ def throughput(
         "max_step_tokens": max_step_tokens,
         "page_size": page_size,
     }
+    sharding = {
+        "mesh": mesh,
+        "layout": layout,
+        "prefill_layout": prefill_layout,
+        "attention": attention,
+        "devices": devices,
+    }
     job = Job(
         model=model,
         dtype=dtype,
@@ -72,6 +91,7 @@ def throughput(
         scale=scale,
         slo=Slo(slo_ttft, slo_tpot),
         engine={name: size for name, size in sizes.items() if size is not None},
+        sharding={name: said for name, said in sharding.items() if said is not None},
         quiet=quiet,
     )
     result = measure(job)

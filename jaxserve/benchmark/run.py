@@ -34,6 +34,7 @@ class Job:
         requests, rate, seed, scale: of the trace; see `TraceSpec`.
         slo: limits of a good request.
         engine: fields of `EngineOptions` that differ from its defaults.
+        sharding: arguments of `load` that say the mesh, its layout and the devices.
         quiet: no progress on standard error.
     """
 
@@ -45,6 +46,7 @@ class Job:
     scale: float = 1.0
     slo: Slo = field(default_factory=Slo)
     engine: Mapping[str, Any] = field(default_factory=dict)
+    sharding: Mapping[str, str] = field(default_factory=dict)
     quiet: bool = False
 
 
@@ -71,7 +73,7 @@ def measure(job: Job) -> Result:
 
     show = "silent" if job.quiet else "auto"
     options = EngineOptions(**job.engine)
-    llm = load(job.model, dtype=job.dtype, engine=options, show=show)
+    llm = load(job.model, dtype=job.dtype, engine=options, show=show, **job.sharding)
     spec = TraceSpec(
         requests=job.requests,
         seed=job.seed,
@@ -162,5 +164,6 @@ def _settings(llm: LLM, options: EngineOptions) -> dict[str, Any]:
         "device": device.device_kind,
         "jax": jax.__version__,
         "python": platform.python_version(),
+        "layout": None if llm.program.mesh is None else str(llm.layout.layout),
         "engine": asdict(options),
     }

@@ -152,6 +152,14 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(names, message) ->
         js.load("tiny", show="silent", **names)
 
 
+def test_the_cache_is_counted_over_all_shards() -> None:
+    by_batch, by_heads = (
+        on((2, 2, 2), attention=attention).runner for attention in ("batch", "heads")
+    )
+    assert by_batch.kv_tokens == 8 * by_batch.geometry.num_tokens
+    assert by_heads.kv_tokens == by_heads.geometry.num_tokens
+
+
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     full = [sys.executable, "-m", "jaxserve", "generate", "import ", "--json", "--quiet"]

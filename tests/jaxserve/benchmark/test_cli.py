@@ -47,7 +47,8 @@ def test_without_json_a_table_is_printed(bench):
 def test_every_option_reaches_the_run(bench):
     arguments = (
         "--model m --dtype float32 --requests 7 --rate 2.5 --seed 4 --scale 0.5 --slo-ttft 1 "
-        "--slo-tpot 0.1 --max-sequences 8 --max-step-tokens 64 --page-size 32 --quiet"
+        "--slo-tpot 0.1 --max-sequences 8 --max-step-tokens 64 --page-size 32 --quiet "
+        "--mesh 2,2,2 --layout ws2d --prefill-layout wg-x --attention batch --devices cpu:8"
     )
     _, (job,) = bench(*arguments.split())
     assert job == Job(
@@ -59,6 +60,13 @@ def test_every_option_reaches_the_run(bench):
         scale=0.5,
         slo=Slo(1.0, 0.1),
         engine={"max_sequences": 8, "max_step_tokens": 64, "page_size": 32},
+        sharding={
+            "mesh": "2,2,2",
+            "layout": "ws2d",
+            "prefill_layout": "wg-x",
+            "attention": "batch",
+            "devices": "cpu:8",
+        },
         quiet=True,
     )
 
