@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 
 from jaxserve.partitioning.placement import Placement
 
@@ -100,6 +101,9 @@ class PhaseLayout:
 
     def placement(self, stage: Stage) -> Placement:
         """Returns where the activations of a stage lie."""
+        return _placement(self, stage)
+
+    def _find(self, stage: Stage) -> Placement:
         match stage:
             case Stage.QUERY:
                 return _HEADS[self.heads]
@@ -198,6 +202,12 @@ class PhaseLayout:
 
     def __str__(self) -> str:
         return f"{self.ffn}/{self.heads}"
+
+
+@cache
+def _placement(phase: PhaseLayout, stage: Stage) -> Placement:
+    """Returns where a stage lies; there are few layouts and stages, and searches ask often."""
+    return phase._find(stage)
 
 
 def _dividing(axes: tuple[str, ...], count: int, sizes: dict[str, int]) -> tuple[str, ...]:
