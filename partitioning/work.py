@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
 from typing import Any
 
 from jaxserve.config import AttentionSpec, BlockKind, LayerSpec, ModelConfig
@@ -88,14 +87,20 @@ class Share:
         phases = dict.fromkeys((phase, phase if other is None else other))
         padding = Padding(tuple(phases), tuple(sizes.items()))
         padding.check(config)
-        return cls(padded(config, padding), phase, sizes)
+        # Layers that repeat are padded once.
+        pattern = config.pattern
+        once = padded(replace(config, layers=pattern), padding)
+        layers = once.layers * (config.num_layers // len(pattern))
+        return cls(replace(once, layers=layers), phase, sizes)
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:
         """Returns the layers, those alike together."""
+        pattern = self.config.pattern
+        repeats = self.config.num_layers // len(pattern)
         counts: dict[LayerSpec, int] = {}
-        for layer, same in groupby(self.config.layers):
-            counts[layer] = counts.get(layer, 0) + len(list(same))
+        for layer in pattern:
+            counts[layer] = counts.get(layer, 0) + repeats
         return tuple(Run(layer, turns) for layer, turns in counts.items())
 
     @cached_property
