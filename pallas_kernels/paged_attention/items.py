@@ -42,6 +42,7 @@ class Reach(NamedTuple):
         sink_tokens: keys before this stay visible besides a window.
         newest: size of a mask over the newest keys, 0 without one.
         splits: shares into which an item's blocks are divided.
+        written: a block that holds an item's own key counts as one that needs a mask.
     """
 
     block: int
@@ -49,6 +50,7 @@ class Reach(NamedTuple):
     sink_tokens: int
     newest: int
     splits: int
+    written: bool = False
 
     @property
     def sink_blocks(self) -> int:
@@ -115,8 +117,9 @@ def items(runs: Runs, kv_len: Array, base: Array, reach: Reach) -> Array:
         last = jnp.where(runs.low < FAR, length - 1, NONE)
     total = lax.div(last + block, block)
     first = jnp.zeros_like(total)
+    own = 0 if reach.written else 1
     # Before `clear` a block may hold keys that have left a window, after `edge` keys to come.
-    edge = lax.div(jnp.maximum(jnp.where(runs.low < FAR, runs.low, 0) + 1, 0), block)
+    edge = lax.div(jnp.maximum(jnp.where(runs.low < FAR, runs.low, 0) + own, 0), block)
     if reach.newest:
         edge = jnp.minimum(edge, lax.div(jnp.maximum(length - reach.newest, 0), block))
     clear = first

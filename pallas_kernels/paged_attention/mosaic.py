@@ -435,7 +435,7 @@ class _Step:
             held = self.scratch.blocks.at[slot, place]
             row = lax.broadcasted_iota(jnp.int32, held.shape, 1)
             here = row == lax.rem(offset, build.page_size)
-            held[...] = jnp.where(here, self.given["fresh"][...], held[...])
+            held[...] = chosen(here, self.given["fresh"][...], held[...])
             page = lax.div(position, build.page_size)
             turning = build.width - build.pinned_pages
             later = build.pinned_pages + lax.rem(jnp.maximum(page - build.pinned_pages, 0), turning)
@@ -463,10 +463,8 @@ class _Step:
     def seen(self, item: Any, k_pos: Any) -> Any:
         """Returns bool[rows or 1, block]: the keys that each row of queries sees."""
         build = self.build
-        if build.queries == 1:
-            q_pos = self.number(item, Item.Q_POS)
-        else:
-            q_pos = self.given["q_pos"][...]
+        alone = build.queries == 1
+        q_pos = self.number(item, Item.Q_POS) if alone else self.given["q_pos"][...]
         seen = k_pos <= q_pos
         if self.spec.window is not None:
             near = q_pos - k_pos < self.spec.window
@@ -483,7 +481,7 @@ class _Step:
             )
             allowed = (allowed > 0.5) & (k_pos <= self.number(item, Item.LAST)) & (q_pos >= 0)
             seen = jnp.where(k_pos >= oldest, allowed.astype(jnp.int32), seen.astype(jnp.int32)) > 0
-        if build.queries == 1:
+        if alone:
             return seen
         seen = jnp.concatenate([seen.astype(jnp.int32)] * build.group, axis=0)
         return seen > 0
@@ -550,6 +548,13 @@ class _Step:
         else:
             bias = slopes * positions
         return bias * (alibi.scale * LOG2_E)
+
+
+def chosen(here: Any, new: Any, old: Any) -> Any:
+    """Returns new where `here` and old elsewhere; bytes are chosen as float32, which holds them."""
+    if old.dtype.itemsize > 1:
+        return jnp.where(here, new, old)
+    return jnp.where(here, new.astype(jnp.float32), old.astype(jnp.float32)).astype(old.dtype)
 
 
 def _dot(x: Any, y: Any, contracted: int) -> Any:

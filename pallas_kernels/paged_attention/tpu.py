@@ -40,8 +40,10 @@ from jaxserve.pallas_kernels.paged_attention.places import (
     Extra,
     column,
     row_of_tokens,
+    write_places,
 )
 from jaxserve.pallas_kernels.paged_attention.tiles import Tile, tile_for
+from jaxserve.pallas_kernels.paged_attention.writing import Places, token_rows, write
 
 SMEM_TABLE = 1 << 17
 """Page numbers of one kernel call; scalar memory holds 2**18 numbers. More rows take more calls."""
@@ -99,6 +101,34 @@ def init_pages(num_pages: int, page_size: int, spec: CacheSpec) -> Pages:
         )
     _, heads, head = spec.token_shape
     return Pages(jnp.zeros((num_pages, heads, page_size, row_lanes(head)), spec.dtype))
+
+
+def write_pages(
+    pages: Pages,
+    k: Array,
+    v: Array,
+    page_table: Array,
+    row_of_token: Array,
+    positions: Array,
+    *,
+    page_size: int,
+    pinned_pages: int = 0,
+    interpret: Any = None,
+) -> Pages:
+    """Returns the pages with k and v[T, K, H] at their places; see `reference.write_pages`."""
+    page, offset = write_places(
+        page_table, row_of_token, positions, pages.rows.shape[0], page_size, pinned_pages
+    )
+    places = Places(jnp.where(positions >= 0, page, -1), offset)
+    given = pages.rows, token_rows(k, v, pages.rows.dtype), places
+    rows = page_table.shape[0]
+    if interpret is not None:
+        return Pages(write(rows, interpret, *given))
+    return Pages(
+        lax.platform_dependent(
+            *given, tpu=partial(write, rows, False), default=partial(write, rows, True)
+        )
+    )
 
 
 def copy_pages(pages: Pages, source: Array, destination: Array) -> Pages:
@@ -166,6 +196,59 @@ def paged_attention(
         out = (out.astype(jnp.float32) * jnp.exp(lse - whole)[..., None]).astype(out.dtype)
         lse = whole
     return (out, *(lse for _ in outputs)) if outputs else out
+
+
+def write_and_attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    pages: Pages,
+    page_table: Array,
+    q_start: Array,
+    kv_len: Array,
+    q_pos: Array,
+    spec: AttentionSpec,
+    *,
+    page_size: int,
+    pinned_pages: int = 0,
+    sink_tokens: int = 0,
+    q_sink: Array | None = None,
+    slopes: Array | None = None,
+    scales: tuple[Array, Array] | None = None,
+    max_query: int | None = None,
+    tile: Tile | None = None,
+    interpret: Any = None,
+) -> tuple[Array, Pages]:
+    """Returns (attention [T, N, H], the pages with k and v[T, K, H]), the pages updated in place.
+
+    A row with one token stores it while it attends: its last page is in the core's memory anyway.
+    Tokens of longer rows are stored first.
+    """
+    rows = token_rows(k, v, pages.rows.dtype)
+    if max_query != 1:
+        row = row_of_tokens(q_start, q.shape[0])
+        alone = (q_start[1:] - q_start[:-1])[row] == 1
+        if max_query is not None and max_query <= FEW_QUERIES:
+            alone = jnp.zeros_like(alone)
+            rows = None
+        positions = jnp.where(alone, -1, q_pos)
+        pages = write_pages(
+            pages, k, v, page_table, row, positions,
+            page_size=page_size, pinned_pages=pinned_pages, interpret=interpret,
+        )  # fmt: skip
+    sink_tokens = sink_tokens if spec.window is not None else 0
+    if spec.alibi is None:
+        slopes = None
+    elif slopes is None:
+        slopes = jnp.asarray(alibi_slopes(spec.num_heads))
+    arrays = _Arrays(
+        q, q_sink if sink_tokens else None, slopes, None, scales, pages.rows, page_table,
+        q_start, kv_len, q_pos, rows,
+    )  # fmt: skip
+    tile = tile or tile_for(spec, page_size, page_table.shape[1], pages.rows.dtype)
+    static = _Static(spec, page_size, pinned_pages, sink_tokens, max_query, False, tile, interpret)
+    out, _, after = _on_platform(static, arrays)
+    return out, Pages(after)
 
 
 def _on_platform(static: _Static, arrays: _Arrays) -> Any:
@@ -257,7 +340,12 @@ def _run_items(
     """Returns (out [I, Q, N, H], lse float32[I, Q, N], pages) of runs of queries."""
     build = _build(static, given, runs, queries)
     reach = work.Reach(
-        build.block, static.spec.window, build.sink_tokens, build.newest, static.tile.cores
+        build.block,
+        static.spec.window,
+        build.sink_tokens,
+        build.newest,
+        static.tile.cores,
+        build.written,
     )
     base = jnp.zeros_like(given.kv_len)
     if static.spec.window is not None:
@@ -277,7 +365,9 @@ def _run_items(
         slopes=None if given.slopes is None else _slopes(given.slopes, build),
         mask=None if given.mask is None else _shared(static, _mask(given.mask, runs)),
         scales=None if given.scales is None else _scales(given, base, build),
-        fresh=None if not build.written else _shared(static, given.fresh[runs.token[:, 0]]),
+        fresh=None
+        if not build.written
+        else _shared(static, given.fresh[runs.token[:, 0], :, None]),
         pages=given.pages,
     )
     out, lse, pages = attend(build, operands, static.interpret)
@@ -322,7 +412,7 @@ def _build(static: _Static, given: _Arrays, runs: work.Runs, queries: int) -> Bu
         sink_queries=given.q_sink is not None,
         scaled=given.scales is not None,
         lse=static.lse or split,
-        written=given.fresh is not None,
+        written=given.fresh is not None and queries == 1,
         items=len(runs.row),
         cores=tile.cores,
         out_dtype="float32" if split or static.lse else str(given.q.dtype),
@@ -340,6 +430,12 @@ def _pages_of(keys: int, page_size: int) -> int:
 def _shared(static: _Static, x: Array) -> Array:
     """Returns operands of every item, where each core has its own share of the same ones."""
     return jnp.concatenate([x] * static.tile.cores) if static.tile.cores > 1 else x
+
+
+def _fresh(static: _Static, given: _Arrays, runs: work.Runs) -> Array:
+    """Returns [I, K, 1, lanes], what each item of one token stores."""
+    assert given.fresh is not None
+    return _shared(static, given.fresh[runs.token[:, 0], :, None])
 
 
 def _by_head(q: Array, build: Build) -> Array:

@@ -1,0 +1,11 @@
+"""Whole sequences on TPU: XLA's own program, which can be differentiated.
+
+A forward over whole sequences serves scores and gradients, not decoding; a prompt that is served
+goes through `paged_attention`.
+"""
+
+from __future__ import annotations
+
+from jaxserve.pallas_kernels.attention.xla import attention
+
+__all__ = ["attention"]
