@@ -16,7 +16,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,12 +143,14 @@ class ServerProcess:
         self.close()
 
 
-def start_ours(model: Path, log: Path, sequences: int) -> ServerProcess:
-    """Starts `jaxserve serve` with both of its interfaces."""
+def start_ours(
+    model: Path | str, log: Path, sequences: int, flags: Sequence[str] = ()
+) -> ServerProcess:
+    """Starts `jaxserve serve` with both of its interfaces, and other flags."""
     http, grpc = free_port(), free_port()
     command = [sys.executable, "-m", "jaxserve", "serve", "--model", str(model)]
     command += ["--http-port", str(http), "--grpc-port", str(grpc)]
-    command += ["--max-sequences", str(sequences)]
+    command += ["--max-sequences", str(sequences), *flags]
     return ServerProcess.start(
         "ours",
         command,
