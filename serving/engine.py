@@ -171,7 +171,10 @@ class Engine:
         """Returns what was counted so far."""
         with self._guard:
             stats = self._scheduler.stats()
-        return self._times.snapshot(stats, self._clock())
+            lines = (entry.timeline for entry in self._open.values())
+            oldest = next((line for line in lines if line.started_s is None), None)
+        since_s = None if oldest is None else oldest.submitted_s
+        return self._times.snapshot(stats, self._clock(), since_s)
 
     def start(self) -> None:
         """Runs the loop in a thread, which sleeps while there is nothing to do."""

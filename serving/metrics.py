@@ -107,6 +107,8 @@ class Histogram:
 class Rate:
     """How much of something came per second lately. Times are the caller's clock.
 
+    One thread writes it; another may ask.
+
     Args:
         window_s: how far back it looks.
     """
@@ -114,7 +116,6 @@ class Rate:
     def __init__(self, window_s: float = 5.0) -> None:
         self.window_s = window_s
         self._marks: deque[tuple[float, int]] = deque()
-        self._sum = 0
         self._since_s = 0.0
 
     def add(self, amount: int, now_s: float) -> None:
@@ -122,22 +123,21 @@ class Rate:
         marks = self._marks
         if not marks:
             self._since_s = now_s
-        self._sum += amount
         if marks and now_s - marks[-1][0] < self.window_s / 50:
             marks[-1] = (marks[-1][0], marks[-1][1] + amount)
         else:
             marks.append((now_s, amount))
-        self._forget(now_s)
+        while now_s - marks[0][0] > self.window_s:
+            marks.popleft()
+
+    def since(self, then_s: float) -> int:
+        """Returns how much came from a moment on, which lies in the window."""
+        return sum(amount for at_s, amount in tuple(self._marks) if at_s >= then_s)
 
     def per_s(self, now_s: float) -> float:
         """Returns the mean over the window, or since things began to come."""
-        self._forget(now_s)
-        return self._sum / min(max(now_s - self._since_s, self.window_s / 20), self.window_s)
-
-    def _forget(self, now_s: float) -> None:
-        marks = self._marks
-        while marks and now_s - marks[0][0] > self.window_s:
-            self._sum -= marks.popleft()[1]
+        came = self.since(now_s - self.window_s)
+        return came / min(max(now_s - self._since_s, self.window_s / 20), self.window_s)
 
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -299,7 +299,7 @@ class EngineMetrics:
         phase_seconds: sums: schedule, dispatch, wait, commit, deliver.
         tokens_per_s: given to sinks in the last seconds.
         expected_wait_s: how long a request that comes now will probably wait for a slot: as long
-            as those before it need at the rate of the last seconds.
+            as those before it need at the rate of the last seconds in which some waited.
         histograms: of requests and steps, by name.
         scheduler: the scheduler's own counts.
     """
@@ -367,10 +367,14 @@ class StepTimes:
         """Notes that the device has nothing to do for want of work, not because of the host."""
         self._ready_s = None
 
-    def snapshot(self, scheduler: Any, now_s: float) -> EngineMetrics:
-        """Returns the counts of this moment."""
-        starts_per_s = self.of_requests.starts.per_s(now_s)
-        slowest = 1 / self.of_requests.starts.window_s  # none in the window: it takes longer
+    def snapshot(
+        self, scheduler: Any, now_s: float, waits_since_s: float | None = None
+    ) -> EngineMetrics:
+        """Returns the counts of this moment.
+
+        Args:
+            waits_since_s: when the oldest of the requests that wait came.
+        """
         histograms = self.of_requests.snapshots()
         histograms["host_gap"] = self.host_gaps.snapshot()
         histograms["iteration_tokens"] = self.step_tokens.snapshot()
@@ -386,10 +390,21 @@ class StepTimes:
             self.host.summary(),
             dict(self.phases),
             self.tokens.per_s(now_s),
-            scheduler.waiting / max(starts_per_s, slowest),
+            self._expected_wait_s(scheduler.waiting, now_s, waits_since_s),
             histograms,
             scheduler,
         )
+
+    def _expected_wait_s(self, waiting: int, now_s: float, since_s: float | None) -> float:
+        """Returns how long a request will wait behind so many others.
+
+        Before some waited there was no need to start any, so only the time since then counts.
+        """
+        if since_s is None:
+            return 0.0
+        starts = self.of_requests.starts
+        span_s = min(now_s - since_s, starts.window_s)
+        return waiting * span_s / max(starts.since(now_s - span_s), 1)
 
 
 def snapshot(metrics: EngineMetrics) -> MetricsSnapshot:

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jaxserve.serving.metrics import RECENT, Distribution, StepTimes
+from jaxserve.serving.metrics import RECENT, Distribution, Rate, StepTimes, Timeline
 
 
 def test_percentiles_are_values_that_so_many_do_not_exceed() -> None:
@@ -74,3 +74,28 @@ def test_a_snapshot_does_not_change_later() -> None:
     times.finished["stop"] += 1
     assert before.phase_seconds["wait"] == 0
     assert before.finished == {}
+
+
+def test_a_rate_is_of_the_last_seconds_and_asking_changes_nothing() -> None:
+    rate = Rate(window_s=10.0)
+    for second in range(20):
+        rate.add(3, float(second))
+    assert rate.per_s(40.0) == 0.0
+    assert rate.per_s(19.0) == 3.3  # both ends of the window count
+    assert rate.since(18.0) == 6
+
+
+def expected_wait_s(waiting: int, now_s: float, since_s: float | None, *started_s: float) -> float:
+    """Returns the wait that is told when requests got their slots at these times."""
+    times = StepTimes()
+    for start_s in started_s:
+        times.of_requests.started(Timeline(), start_s)
+    return times.snapshot(SimpleNamespace(waiting=waiting), now_s, since_s).expected_wait_s
+
+
+def test_the_wait_follows_from_the_starts_while_others_wait() -> None:
+    assert expected_wait_s(0, 50.0, None) == 0.0
+    assert expected_wait_s(30, 50.0, 50.0) == 0.0  # they came just now, nothing was before
+    assert expected_wait_s(6, 54.0, 50.0, 1.0, 51.0, 53.0) == pytest.approx(12.0)
+    assert expected_wait_s(6, 54.0, 50.0, 1.0, 2.0) == pytest.approx(24.0)
+    assert expected_wait_s(6, 90.0, 50.0) == pytest.approx(60.0)  # ten seconds each, or more
