@@ -83,5 +83,9 @@ class NotFoundError(UsageError):
     """A request names a model or a route that is not served."""
 
 
+class ModelNotFoundError(NotFoundError):
+    """A request names a model that is not served here."""
+
+
 class UnauthenticatedError(JaxserveError):
     """A request has no API key, or one that is not known."""

@@ -12,12 +12,12 @@ busy arrives as one `Delta` per sample.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Self
 
 import msgspec
 
-from jaxserve.errors import GenerationError
+from jaxserve.errors import GenerationError, UsageError
 from jaxserve.serving.completion import CompletionBuilder
 from jaxserve.serving.request import (
     Completion,
@@ -30,6 +30,9 @@ from jaxserve.serving.request import (
 from jaxserve.serving.service import Service
 from jaxserve.serving.streams import TokenStream
 from jaxserve.serving.tracing import RequestSpan
+
+MAX_LOGPROB_ENTRIES = 2_000_000
+"""Log-probabilities of one answer, each of some hundred bytes."""
 
 
 class Delta(msgspec.Struct, frozen=True):
@@ -72,6 +75,28 @@ class AnswerUsage(msgspec.Struct, frozen=True):
     def total_tokens(self) -> int:
         """Returns prompt and completion tokens together."""
         return self.prompt_tokens + self.completion_tokens
+
+
+def check_logprobs(requests: Sequence[Request]) -> None:
+    """Checks that the log-probabilities of an answer to some requests cannot fill the memory.
+
+    Raises:
+        UsageError: they could.
+    """
+    count = 0
+    for request in requests:
+        params = request.params
+        if params.logprobs is not None:
+            count += params.n * (params.max_tokens or 0) * (1 + params.logprobs)
+        if params.prompt_logprobs is not None:
+            count += params.n * len(request.prompt) * (1 + params.prompt_logprobs)
+    if count > MAX_LOGPROB_ENTRIES:
+        params = requests[0].params
+        raise UsageError(
+            f"logprobs={params.logprobs}, prompt_logprobs={params.prompt_logprobs}: prompts, n and "
+            f"max_tokens could give {count:,} log-probabilities; at most {MAX_LOGPROB_ENTRIES:,} "
+            "are told at once: lower one of them"
+        )
 
 
 class Answer:

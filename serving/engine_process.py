@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-from jaxserve.errors import JaxserveError
+from jaxserve.errors import JaxserveError, UsageError
 from jaxserve.serving import logs
 from jaxserve.serving.engine import Engine
 from jaxserve.serving.metrics import MetricsSnapshot, snapshot
@@ -206,7 +206,10 @@ class EngineProcess:
             case Abort(request_id):
                 self._engine.abort(request_id)
             case Finish(request_id, sample_index, num_tokens):
-                self._engine.finish(request_id, sample_index, num_tokens)
+                try:
+                    self._engine.finish(request_id, sample_index, num_tokens)
+                except UsageError as error:  # nobody waits for an answer
+                    _log.warning("a sample goes on: %s", error)
             case Measure():
                 self._send_beat(0.0, measured=True)
             case Trace():

@@ -23,6 +23,7 @@ GREEDY_BELOW = 1e-5
 """A temperature below this is greedy."""
 
 MAX_N = 128
+MAX_PROMPTS = 128  # of one call
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 100.0

@@ -36,6 +36,7 @@ class Status:
 _INVALID = "invalid_request_error"
 _TABLE: dict[type[BaseException], Status] = {
     errors.NotFoundError: Status(404, _INVALID, "NOT_FOUND", "not_found"),
+    errors.ModelNotFoundError: Status(404, _INVALID, "NOT_FOUND", "model_not_found"),
     errors.ContextLengthError: Status(400, _INVALID, "OUT_OF_RANGE", "context_length_exceeded"),
     errors.CapacityError: Status(400, _INVALID, "OUT_OF_RANGE", "capacity_exceeded"),
     errors.UsageError: Status(400, _INVALID, "INVALID_ARGUMENT", "invalid_value"),

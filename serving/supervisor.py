@@ -358,7 +358,9 @@ class RemoteService:
                 self._phase = name
                 _log.debug("the engine starts: %s", name)
             case Failed(error, text):
-                self._trouble = text
+                # Anyone may ask after the health, and the text may hold paths.
+                self._trouble = "it cannot be made; the log tells why"
+                _log.error("the engine cannot be made: %s", text)
                 if self._ready is not None and not self._ready.done():
                     self._ready.set_exception(error_of(error, text))
             case Traced(number):

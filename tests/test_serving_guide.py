@@ -12,9 +12,9 @@ pytest.importorskip("prometheus_client", reason="prometheus-client is not instal
 pytest.importorskip("fastapi", reason="fastapi is not installed")
 
 from jaxserve.cli import app
-from jaxserve.serving import gate, request, status, streams
+from jaxserve.serving import answer, gate, request, status, streams
 from jaxserve.serving.fake_service import fake_service
-from jaxserve.serving.http import bodies, generate, schemas
+from jaxserve.serving.http import bodies, schemas
 from jaxserve.serving.http.app import create_admin_app, create_app
 from jaxserve.serving.keys import MIN_KEY_CHARS
 from jaxserve.serving.prometheus import exposition
@@ -102,10 +102,10 @@ def test_limits_are_those_of_the_code():
         f"{gate.MAX_BYTES >> 20} MiB",
         f"{request.MAX_STOPS}, {request.MAX_STOP_TOKENS}",
         f"{request.MAX_BIASED_TOKENS}, {request.MAX_ALLOWED_TOKENS}, {request.MAX_BAD_WORDS}",
-        f"{schemas.MAX_PROMPTS}, {schemas.MAX_MESSAGES}",
+        f"{request.MAX_PROMPTS}, {schemas.MAX_MESSAGES}",
         f"at most {request.MAX_LOGPROBS}",
         f"{streams.MAX_PENDING:,} tokens",
-        f"{generate.MAX_LOGPROB_ENTRIES:,}",
+        f"{answer.MAX_LOGPROB_ENTRIES:,}",
     ):
         assert value in text, value
     assert f"at least {MIN_KEY_CHARS} characters" in section("Security")

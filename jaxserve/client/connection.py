@@ -142,6 +142,7 @@ _ERRORS: dict[grpc.StatusCode, type[JaxserveError]] = {
 _BY_TYPE: dict[str, type[JaxserveError]] = {
     "capacity_exceeded": errors.CapacityError,
     "too_large": errors.TooLargeError,
+    "model_not_found": errors.ModelNotFoundError,
 }
 
 

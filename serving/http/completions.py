@@ -22,9 +22,9 @@ from jaxserve.serving.http.logprobs import (
     prompt_logprobs,
 )
 from jaxserve.serving.http.sampling import Prompts, check_model, sampling_params
-from jaxserve.serving.http.schemas import MAX_PROMPTS, REFUSED_IN_COMPLETIONS, CompletionRequest
+from jaxserve.serving.http.schemas import REFUSED_IN_COMPLETIONS, CompletionRequest
 from jaxserve.serving.http.stream import frame
-from jaxserve.serving.request import Completion, FinishReason, TokenLogprob
+from jaxserve.serving.request import MAX_PROMPTS, Completion, FinishReason, TokenLogprob
 
 DEFAULT_MAX_TOKENS = 16
 

@@ -13,18 +13,15 @@ import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from jaxserve.serving.answer import Answer, Delta
+from jaxserve.serving.answer import Answer, Delta, check_logprobs
 from jaxserve.serving.http.call import unless_gone
-from jaxserve.serving.http.errors import JSON, FieldError, HttpError
+from jaxserve.serving.http.errors import JSON, HttpError
 from jaxserve.serving.http.limits import RequestLimits
 from jaxserve.serving.http.logprobs import TokenNames
 from jaxserve.serving.http.stream import DONE, EventStream
 from jaxserve.serving.request import Completion, Request
 from jaxserve.serving.server_options import ServerOptions
 from jaxserve.serving.service import Service
-
-MAX_LOGPROB_ENTRIES = 2_000_000
-"""Log-probabilities of one answer, each of some hundred bytes."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +98,9 @@ async def respond(
     The status line of a stream waits until all of them are admitted.
 
     Raises:
-        FieldError: more log-probabilities are asked for than are held for one answer.
+        UsageError: more log-probabilities are asked for than are held for one answer.
     """
-    _check_logprobs(requests)
+    check_logprobs(requests)
     stack = AsyncExitStack()
     try:
         opening = _open(site, stack, requests)
@@ -117,23 +114,6 @@ async def respond(
     except BaseException:
         await stack.aclose()
         raise
-
-
-def _check_logprobs(requests: Sequence[Request]) -> None:
-    """Checks that the log-probabilities of an answer cannot fill the memory."""
-    count = 0
-    for request in requests:
-        params = request.params
-        if params.logprobs is not None:
-            count += params.n * (params.max_tokens or 0) * (1 + params.logprobs)
-        if params.prompt_logprobs is not None:
-            count += params.n * len(request.prompt) * (1 + params.prompt_logprobs)
-    if count > MAX_LOGPROB_ENTRIES:
-        raise FieldError(
-            f"prompts, n, max_tokens and logprobs could give {count:,} log-probabilities; at most "
-            f"{MAX_LOGPROB_ENTRIES:,} are told at once: lower one of them",
-            "logprobs",
-        )
 
 
 async def _open(site: Site, stack: AsyncExitStack, requests: Sequence[Request]) -> list[Answer]:

@@ -25,10 +25,10 @@ from jaxserve.serving.http.errors import FieldError
 from jaxserve.serving.http.generate import Site, respond
 from jaxserve.serving.http.info import told
 from jaxserve.serving.http.sampling import Prompts, check_model, sampling_params
-from jaxserve.serving.http.schemas import MAX_PROMPTS, Generation
+from jaxserve.serving.http.schemas import Generation
 from jaxserve.serving.http.stream import frame
 from jaxserve.serving.intake import DEFAULT_MAX_TOKENS
-from jaxserve.serving.request import Completion, Request
+from jaxserve.serving.request import MAX_PROMPTS, Completion, Request
 from jaxserve.serving.service import State
 
 VERSION = "1"

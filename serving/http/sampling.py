@@ -8,9 +8,9 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from jaxserve.errors import ContextLengthError, TokenizerError, UsageError
+from jaxserve.errors import ContextLengthError, ModelNotFoundError, TokenizerError, UsageError
 from jaxserve.serving.http.call import Call
-from jaxserve.serving.http.errors import FieldError, HttpError
+from jaxserve.serving.http.errors import FieldError
 from jaxserve.serving.http.schemas import Generation, Message
 from jaxserve.serving.intake import Intake
 from jaxserve.serving.request import Request, SamplingParams
@@ -173,9 +173,7 @@ def check_model(asked: str | None, served: str) -> None:
     """Checks that a request is for the model that is served here.
 
     Raises:
-        HttpError: 404, it names another.
+        ModelNotFoundError: it names another.
     """
     if asked is not None and asked != served:
-        raise HttpError(
-            404, f"the model {asked!r:.80} is not served here; use {served!r}", "model_not_found"
-        )
+        raise ModelNotFoundError(f"the model {asked!r:.80} is not served here; use {served!r}")

@@ -17,9 +17,6 @@ from jaxserve.serving.request import (
     MAX_STOPS,
 )
 
-MAX_PROMPTS = 128
-"""Prompts in one request."""
-
 MAX_MESSAGES = 4096
 
 MAX_PRIORITY = 1000

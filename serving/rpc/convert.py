@@ -7,7 +7,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from jaxserve.errors import ContextLengthError, NotFoundError, UsageError
+from jaxserve.errors import ContextLengthError, ModelNotFoundError, UsageError
 from jaxserve.serving.answer import Answer, AnswerUsage, Delta
 from jaxserve.serving.request import Completion, FinishReason, Request, SamplingParams, TokenLogprob
 from jaxserve.serving.rpc.protos import inference_pb2 as pb
@@ -70,10 +70,12 @@ def check_model(service: Service, name: str) -> None:
     """Checks that a model is the one that is served; an empty name is.
 
     Raises:
-        NotFoundError: it is another one.
+        ModelNotFoundError: it is another one.
     """
     if name not in ("", service.card.name):
-        raise NotFoundError(f"model {name!r:.80} is not served here; use {service.card.name!r}")
+        raise ModelNotFoundError(
+            f"model {name!r:.80} is not served here; use {service.card.name!r}"
+        )
 
 
 def prompt_of(service: Service, request: Any) -> str | list[int]:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import jaxserve
 from jaxserve.errors import TokenizerError, UsageError
-from jaxserve.serving.answer import Answer
+from jaxserve.serving.answer import Answer, check_logprobs
 from jaxserve.serving.request import Request, SamplingParams
 from jaxserve.serving.rpc import convert
 from jaxserve.serving.rpc.call import Call, Method
@@ -204,6 +204,7 @@ class Inference:
 
         request = await _aside(message.ByteSize(), made)
         convert.check_prompt(self._options, len(request.prompt))
+        check_logprobs([request])
         return request
 
     async def _open(self, request: Request, call: Call) -> Answer:

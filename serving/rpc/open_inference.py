@@ -14,7 +14,7 @@ from typing import Any
 import jaxserve
 from jaxserve.errors import NotFoundError, UsageError
 from jaxserve.serving.answer import Answer
-from jaxserve.serving.request import Completion, Request, SamplingParams
+from jaxserve.serving.request import MAX_PROMPTS, Completion, Request, SamplingParams
 from jaxserve.serving.rpc import convert
 from jaxserve.serving.rpc.call import Call, Method
 from jaxserve.serving.rpc.protos import open_inference_grpc_pb2 as pb
@@ -125,8 +125,8 @@ class OpenInference:
             )
         ((name, (tensor, values)),) = inputs.items()
         prompts = [_text(value) for value in values] if name == TEXT else [values]
-        if not 1 <= len(prompts) <= self._options.max_n:
-            raise UsageError(f"{len(prompts)} prompts; a request takes 1 to {self._options.max_n}")
+        if not 1 <= len(prompts) <= MAX_PROMPTS:
+            raise UsageError(f"{len(prompts)} prompts; a request takes 1 to {MAX_PROMPTS}")
         requests = [
             self._service.intake.request(
                 prompt,  # pyright: ignore[reportArgumentType]  # checked there

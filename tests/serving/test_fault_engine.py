@@ -223,6 +223,48 @@ def test_an_engine_that_cannot_be_made_says_why() -> None:
     run(work())
 
 
+UNMADE = """
+import sys
+from jaxserve.errors import CheckpointError
+from jaxserve.serving.engine_process import serve
+
+def build(start, phase):
+    raise CheckpointError("/secret/place/model.safetensors is gone")
+
+sys.exit(serve(int(sys.argv[1]), build))
+"""
+
+
+def test_an_engine_that_cannot_be_made_again_tells_no_paths() -> None:
+    async def work() -> None:
+        async with remote() as service:
+            assert service.engine_pid is not None
+            service._command = (sys.executable, "-c", UNMADE)
+            os.kill(service.engine_pid, signal.SIGKILL)
+            await until(lambda: "cannot be made" in service.reason)
+            assert service.state is State.DEAD
+            assert "secret" not in service.reason
+            with pytest.raises(UnavailableError) as refused:
+                await service.submit(asked(service))
+            assert "secret" not in str(refused.value)
+
+    run(work())
+
+
+def test_a_beam_search_that_is_to_lose_a_beam_harms_nobody() -> None:
+    async def work() -> None:
+        async with remote(step_s=0.02) as service:
+            params = SamplingParams(max_tokens=30, ignore_eos=True, temperature=0.0)
+            beams = service.intake.request("abc", params, beam_width=2)
+            stream = await service.submit(beams)
+            stream.finish(0, 1)
+            assert await count(service, asked(service)) == 8
+            assert service.restarts == 0
+            stream.close()
+
+    run(work())
+
+
 def test_a_stop_before_the_engine_is_ready_ends_the_start() -> None:
     async def work() -> None:
         service = remote_fake()
@@ -365,6 +407,16 @@ def test_a_deadline_that_the_queue_cannot_keep_is_refused_at_once() -> None:
             await service.submit(asked(service), deadline_s=WAIT_S)
             for task in tasks:
                 task.cancel()
+
+    run(work())
+
+
+def test_a_burst_at_an_idle_engine_is_within_every_deadline() -> None:
+    async def work() -> None:
+        async with fake_service(num_slots=2) as service:
+            opened = [service.submit(asked(service), deadline_s=WAIT_S) for _ in range(40)]
+            for stream in await asyncio.gather(*opened):
+                stream.close()
 
     run(work())
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.client import Client, Retries, requests
+from jaxserve.serving import answer
 from jaxserve.serving.fake_runner import FakeRule
 from jaxserve.serving.fake_service import CONTEXT, VOCAB_SIZE, byte_tokenizer
 from jaxserve.serving.request import SamplingParams
@@ -217,6 +218,21 @@ def test_a_wrong_request_is_refused_with_its_reason_and_id(
     assert says in refused.details()
     metadata = dict(refused.trailing_metadata())
     assert metadata["x-request-id"] and metadata["x-error-type"]
+
+
+def test_log_probabilities_that_could_fill_the_memory_are_refused(
+    channel: grpc.Channel, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(answer, "MAX_LOGPROB_ENTRIES", 1000)
+    sampling = SAMPLING(n=2, temperature=1.0, max_tokens=100, logprobs=5)
+    refused = refusal(channel, pb.GenerateRequest(text="a", sampling=sampling).SerializeToString())
+    assert refused.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "could give 1,200 log-probabilities" in refused.details()
+
+
+def test_another_model_is_called_the_same_as_over_http(channel: grpc.Channel):
+    body = pb.GenerateRequest(text="a", model="gpt").SerializeToString()
+    assert dict(refusal(channel, body).trailing_metadata())["x-error-type"] == "model_not_found"
 
 
 def test_bytes_that_are_no_message_are_refused(channel: grpc.Channel):

@@ -13,7 +13,7 @@ import pytest
 
 from jaxserve.serving.fake_runner import FakeRule
 from jaxserve.serving.fake_service import VOCAB_SIZE, byte_tokenizer
-from jaxserve.serving.request import SamplingParams
+from jaxserve.serving.request import MAX_PROMPTS, SamplingParams
 from jaxserve.serving.rpc.fake_server import FakeServer, fake_server
 from jaxserve.serving.rpc.protos import open_inference_grpc_pb2 as pb
 
@@ -126,7 +126,7 @@ def raw(*contents: bytes, shape: list[int], name: str = "text_input", datatype: 
         (pb.ModelInferRequest(model_name="gpt"), "NOT_FOUND", "gpt"),
         (pb.ModelInferRequest(model_version="7"), "NOT_FOUND", "7"),
         (pb.ModelInferRequest(inputs=[texts("a"), texts("b")]), "INVALID_ARGUMENT", "twice"),
-        (pb.ModelInferRequest(inputs=[texts(*"a" * 17)]), "INVALID_ARGUMENT", "1 to 16"),
+        (pb.ModelInferRequest(inputs=[texts(*"a" * 129)]), "INVALID_ARGUMENT", "1 to 128"),
         (
             pb.ModelInferRequest(inputs=[texts("a")], outputs=[Output(name="logits")]),
             "INVALID_ARGUMENT",
@@ -183,6 +183,16 @@ def test_a_wrong_request_is_refused_with_its_reason(
         call(channel, "ModelInfer", request_)
     assert caught.value.code().name == code
     assert says in str(caught.value.details())
+
+
+def test_as_many_prompts_as_over_http_are_taken():
+    with (
+        fake_server(max_queued_requests=200) as server,
+        grpc.insecure_channel(server.target) as channel,
+    ):
+        most = pb.ModelInferRequest(inputs=[texts(*"a" * MAX_PROMPTS)], parameters=asked(1))
+        answer = call(channel, "ModelInfer", most)
+        assert len(answer.outputs[0].contents.bytes_contents) == MAX_PROMPTS
 
 
 def test_one_prompt_that_is_refused_ends_the_others():
