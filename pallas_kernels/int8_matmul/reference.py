@@ -1,19 +1,17 @@
-"""Definition of int8_matmul: weights of int8 with a scale per output channel.
-
-Weights alone (w8a16), or activations too (w8a8): these are then rounded to int8 with one scale per
-row, found in the step, and products are summed in int32.
-"""
+"""Definition of the int8 matmul: float32 throughout, int8 operands written out as such."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import DTypeLike
 
+from jaxserve.config import Activation
+from jaxserve.pallas_kernels.int8_matmul import Mode, activated
 from jaxserve.pallas_kernels.matmul.reference import matmul
 
-LARGEST = 127
-"""Largest magnitude of a quantised value: -128 is left out, so that a sign costs nothing."""
+LIMIT = 127
+"""Greatest magnitude of a rounded activation; symmetric, so -128 does not occur."""
 
 
 def int8_matmul(
@@ -23,38 +21,41 @@ def int8_matmul(
     num_inputs: int,
     orientation: str,
     dtype: DTypeLike,
-    quantize_rows: bool,
+    *,
+    mode: Mode = Mode.W8A16,
+    bias: Array | None = None,
+    activation: Activation | None = None,
 ) -> Array:
-    """Returns x[T, *inputs] times (w * scales) as [T, *outputs] in `dtype`.
+    """Returns activation(x w scales + bias) as [T, *outputs] in `dtype`.
 
     Args:
-        w: int8, [*outputs, *inputs] where orientation is "out_in", [*inputs, *outputs] for
-            "in_out".
-        scales: float32[*outputs].
+        x: [T, *inputs].
+        w: int8, [*outputs, *inputs] where orientation is "out_in", else [*inputs, *outputs].
+        scales: float32[*outputs], factor of each output channel.
         num_inputs: number of contracted dimensions.
-        quantize_rows: round each row of x to int8 (w8a8).
+        mode: what becomes of x.
+        bias: [*outputs].
+        activation: of the sum.
     """
-    if not quantize_rows:
-        return (matmul(x, w, num_inputs, orientation, jnp.float32) * scales[None]).astype(dtype)
-    rows, of_rows = quantized_rows(x, num_inputs)
-    if orientation == "out_in":
-        w = jnp.moveaxis(w, range(-num_inputs, 0), range(num_inputs))
-    sums = jnp.tensordot(rows, w, axes=num_inputs, preferred_element_type=jnp.int32)
-    of_rows = of_rows.reshape(-1, *[1] * scales.ndim)
-    return (sums.astype(jnp.float32) * of_rows * scales[None]).astype(dtype)
+    x = x.astype(jnp.float32)
+    if mode is Mode.W8A8:
+        rounded, factor = rounded_rows(x, num_inputs)
+        y = matmul(rounded, w, num_inputs, orientation, jnp.float32)
+        y = y * factor.reshape(-1, *[1] * (y.ndim - 1))
+    else:
+        y = matmul(x, w, num_inputs, orientation, jnp.float32)
+    y = y * scales.astype(jnp.float32)[None]
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)[None]
+    return activated(y, activation).astype(dtype)
 
 
-def quantized_rows(x: Array, num_inputs: int) -> tuple[Array, Array]:
-    """Returns (int8[T, *inputs], float32[T]): each row rounded to nearest, and its scale."""
-    wide = x.astype(jnp.float32)
-    dims = tuple(range(wide.ndim - num_inputs, wide.ndim))
-    scales = row_scales(jnp.max(jnp.abs(wide), axis=dims))
-    return lax.round(wide / jnp.expand_dims(scales, dims), _TO_EVEN).astype(jnp.int8), scales
+def rounded_rows(x: Array, num_inputs: int) -> tuple[Array, Array]:
+    """Returns (float32 whole numbers up to LIMIT, float32[T] factors) with x near their product.
 
-
-def row_scales(largest: Array) -> Array:
-    """Returns the scale that makes `largest` the largest int8; one where there is nothing."""
-    return jnp.where(largest > 0, largest / LARGEST, 1.0)
-
-
-_TO_EVEN = lax.RoundingMethod.TO_NEAREST_EVEN
+    Rounding is to the nearest, ties to the even number; a row of zeros has the factor zero.
+    """
+    axes = tuple(range(x.ndim - num_inputs, x.ndim))
+    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
+    inverse = jnp.where(largest > 0, LIMIT / jnp.where(largest > 0, largest, 1.0), 0.0)
+    return jnp.round(x * inverse), largest.reshape(x.shape[0]) * (1.0 / LIMIT)
