@@ -121,7 +121,7 @@ def _caches(config: ModelConfig) -> Iterator[tuple[str, ModelConfig]]:
 def _engine(plain: js.LLM, config: ModelConfig) -> js.LLM:
     """Returns the model with another cache, for one sequence at a time."""
     options = EngineOptions(max_sequences=1, prefix_cache=False)
-    declare = Declare.best(jax.default_backend(), str(plain.params["embedding"].dtype))
+    declare = Declare.best(jax.default_backend(), str(plain.params["embedding"]["values"].dtype))
     return js.LLM(config, plain.params, plain.tokenizer, declare=declare, engine=options)
 
 
@@ -297,7 +297,7 @@ class _SinkShares:
 def _sink_share(llm: js.LLM, text: list[int]) -> dict[str, Any]:
     """Returns which share of their attention tokens 512 to 1,023 pay to the first `SINKS` keys."""
     length = 1024
-    declare = Declare.best(jax.default_backend(), str(llm.params["embedding"].dtype))
+    declare = Declare.best(jax.default_backend(), str(llm.params["embedding"]["values"].dtype))
     model = Model(llm.config, declare)
 
     @jax.jit

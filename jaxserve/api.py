@@ -39,7 +39,7 @@ from jaxserve.serving.build import ModelEngine
 from jaxserve.serving.completion import CompletionBuilder
 from jaxserve.serving.engine import Engine
 from jaxserve.serving.intake import Intake, Prompt
-from jaxserve.serving.model_files import has_tokenizer, run_dtype
+from jaxserve.serving.model_files import has_tokenizer, quantization, run_dtype
 from jaxserve.serving.options import EngineOptions
 from jaxserve.serving.placing import placed, places_of, program_of, sized, spread_logits
 from jaxserve.serving.request import Completion, Request, SamplingParams, TokenEvent
@@ -69,6 +69,7 @@ def load(
     prefill_layout: str | None = None,
     attention: str | None = None,
     devices: str | None = None,
+    quantize: str | None = None,
     backend: str = "xla",
     engine: EngineOptions | None = None,
     streaming: StreamingCache | None = None,
@@ -87,6 +88,8 @@ def load(
         attention: what the cache is cut by: "heads" (the default), "batch", "heads-batch" or
             "heads-batch-xy".
         devices: "cpu:8" takes eight devices on this processor; before JAX has started.
+        quantize: "int8" rounds weights, with a scale per output channel; "w8a8" rounds each row of
+            activations too. None keeps them as they are in the checkpoint.
         backend: kernels to run: "xla" or "reference".
         engine: sizes of the engine that generates: sequences at once, memory for keys and values.
         streaming: keep so much of a sequence and no more, so that it may go on without end; None
@@ -119,7 +122,8 @@ def load(
         attention=attention,
     )
     # Whatever is refused is refused before gigabytes are read.
-    program = program_of(config, running, kernel_set(backend), chosen)
+    rounded = quantization(quantize, info)
+    program = program_of(config, running, kernel_set(backend), chosen, rounded)
     params = load_params(info, program.model, places_of(program), reporter(show))
     return LLM(
         config,

@@ -1,4 +1,4 @@
-"""The command line: `jaxserve generate | chat | serve | plan | bench | compile | info | ...`.
+"""The command line: `jaxserve generate | chat | serve | bench | compile | info | convert`.
 
 Results go to standard output, everything else to standard error. Exit codes: 0, 1 (failed),
 2 (bad usage). Heavy modules are imported by the command that needs them.
@@ -27,8 +27,6 @@ from jaxserve.mesh_cli import (
     PrefillLayoutOption,
     Sharding,
 )
-from jaxserve.plan_cli import app as plan
-from jaxserve.plan_cli import estimate, max_context
 from jaxserve.serve_cli import serve
 
 if TYPE_CHECKING:
@@ -44,10 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench, name="bench")
-app.add_typer(plan, name="plan")
 app.command()(serve)
-app.command()(estimate)
-app.command(name="max-context")(max_context)
 
 ModelOption = Annotated[
     str,
@@ -57,6 +52,9 @@ DtypeOption = Annotated[
     str | None, typer.Option(help="bfloat16 or float32; by default as the checkpoint")
 ]
 BackendOption = Annotated[str, typer.Option(help="kernels: xla or reference")]
+QuantizeOption = Annotated[
+    str | None, typer.Option(help="int8: round weights; w8a8: activations too")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no summary")]
 MaxTokensOption = Annotated[int | None, typer.Option(help="longest completion, in tokens")]
 TemperatureOption = Annotated[float | None, typer.Option(help="0 (greedy) to 2")]
@@ -107,6 +105,7 @@ def generate(
     model: ModelOption = "tiny",
     dtype: DtypeOption = None,
     backend: BackendOption = "xla",
+    quantize: QuantizeOption = None,
     mesh: MeshOption = None,
     layout: LayoutOption = None,
     prefill_layout: PrefillLayoutOption = None,
@@ -154,7 +153,7 @@ def generate(
         raise UsageError(f"--logprobs {logprobs} is shown only with --json; add --json")
     text = _prompt(prompt)
     sharding = Sharding(mesh, layout, prefill_layout, attention)
-    llm = _load(model, dtype, backend, sharding, devices, quiet)
+    llm = _load(model, dtype, quantize, backend, sharding, devices, quiet)
     stream = llm.stream(text, params)
     if json_output:
         for _ in stream:
@@ -170,6 +169,7 @@ def chat(
     model: ModelOption = "tiny",
     dtype: DtypeOption = None,
     backend: BackendOption = "xla",
+    quantize: QuantizeOption = None,
     mesh: MeshOption = None,
     layout: LayoutOption = None,
     prefill_layout: PrefillLayoutOption = None,
@@ -200,7 +200,7 @@ def chat(
         stop=tuple(stop or ()),
     )
     sharding = Sharding(mesh, layout, prefill_layout, attention)
-    llm = _load(model, dtype, backend, sharding, devices, quiet)
+    llm = _load(model, dtype, quantize, backend, sharding, devices, quiet)
     if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
         raise UsageError(f"--model {model} has no chat template; use jaxserve generate")
     messages: list[dict[str, str]] = []
@@ -225,6 +225,7 @@ def compile_ahead(
     model: ModelOption = "tiny",
     dtype: DtypeOption = None,
     backend: BackendOption = "xla",
+    quantize: QuantizeOption = None,
     mesh: MeshOption = None,
     layout: LayoutOption = None,
     prefill_layout: PrefillLayoutOption = None,
@@ -243,7 +244,7 @@ def compile_ahead(
 
     options = _engine_options(max_sequences, max_step_tokens, kv_mib)
     sharding = Sharding(mesh, layout, prefill_layout, attention)
-    runner = engine_ahead(model, dtype, backend, options, sharding.choose, devices).runner
+    runner = engine_ahead(model, dtype, quantize, backend, options, sharding.choose, devices).runner
     began = time.perf_counter()
     progress = reporter(Show.SILENT if quiet else Show.AUTO)
     with progress.task("compiling", runner.num_executables, Unit.ITEMS) as advance:
@@ -264,6 +265,7 @@ def info(
     ] = False,
     dtype: DtypeOption = None,
     backend: BackendOption = "xla",
+    quantize: QuantizeOption = None,
     mesh: MeshOption = None,
     layout: LayoutOption = None,
     prefill_layout: PrefillLayoutOption = None,
@@ -284,7 +286,7 @@ def info(
 
         options = _engine_options(max_sequences, max_step_tokens, kv_mib)
         sharding = Sharding(mesh, layout, prefill_layout, attention)
-        made = engine_ahead(model, dtype, backend, options, sharding.choose, devices)
+        made = engine_ahead(model, dtype, quantize, backend, options, sharding.choose, devices)
         _print_memory(made.runner, options, json_output)
         return
     facts = describe(inspect(locate(model)))
@@ -306,6 +308,28 @@ def convert(
     from jaxserve.progress import Show, reporter
 
     convert_checkpoint(locate(source), out, reporter(Show.SILENT if quiet else Show.AUTO))
+    typer.echo(out)
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="Hugging Face checkpoint directory or hub name")],
+    out: Annotated[Path, typer.Argument(help="directory of the new checkpoint; must not exist")],
+    method: Annotated[
+        str, typer.Option(help="int8: round weights; w8a8: and activations where it runs")
+    ] = "int8",
+    quiet: QuietOption = False,
+) -> None:
+    """Write a checkpoint whose weights are int8, half as large; it loads onto any mesh."""
+    from jaxserve.checkpoint import convert as convert_checkpoint
+    from jaxserve.checkpoint import inspect
+    from jaxserve.checkpoint.locate import locate
+    from jaxserve.progress import Show, reporter
+    from jaxserve.serving.model_files import quantization
+
+    directory = locate(source)
+    chosen = quantization(method, inspect(directory))
+    convert_checkpoint(directory, out, reporter(Show.SILENT if quiet else Show.AUTO), chosen)
     typer.echo(out)
 
 
@@ -336,6 +360,7 @@ def _print_memory(runner: ModelRunner, options: EngineOptions, as_json: bool) ->
 def _load(
     model: str,
     dtype: str | None,
+    quantize: str | None,
     backend: str,
     sharding: Sharding,
     devices: str | None,
@@ -345,8 +370,15 @@ def _load(
 
     from jaxserve.api import load
 
-    show = "silent" if quiet else "auto"
-    return load(model, dtype=dtype, backend=backend, devices=devices, show=show, **asdict(sharding))
+    return load(
+        model,
+        dtype=dtype,
+        quantize=quantize,
+        backend=backend,
+        devices=devices,
+        show="silent" if quiet else "auto",
+        **asdict(sharding),
+    )
 
 
 def _prompt(argument: str | None) -> str:

@@ -535,6 +535,13 @@ def _streaming_layer(layer: LayerSpec, cache: StreamingCache) -> LayerSpec:
     return replace(layer, attention=streams)
 
 
+class Quantization(StrEnum):
+    """What is rounded to int8: weights (w8a16), or each row of activations too (w8a8)."""
+
+    INT8 = "int8"
+    W8A8 = "w8a8"
+
+
 def dtype_bytes(dtype: str) -> int:
     """Returns the bytes of one element of `dtype`.
 

@@ -70,6 +70,9 @@ def serve(
         str | None, typer.Option(help="bfloat16 or float32; by default as the checkpoint")
     ] = None,
     backend: Annotated[str, typer.Option(help="kernels: xla or reference")] = "xla",
+    quantize: Annotated[
+        str | None, typer.Option(help="int8: round weights; w8a8: activations too")
+    ] = None,
     mesh: MeshOption = None,
     layout: LayoutOption = None,
     prefill_layout: PrefillLayoutOption = None,
@@ -147,7 +150,9 @@ def serve(
         from jaxserve.serving import tracing
 
         tracing.set_up(otel_endpoint, options.model_name)
-    launch = Start(model, dtype, backend, engine, options.log_json, devices=devices)
+    launch = Start(
+        model, dtype, backend, engine, options.log_json, devices=devices, quantize=quantize
+    )
     sharding = Sharding(mesh, layout, prefill_layout, attention)
     raise typer.Exit(asyncio.run(_run(launch, sharding, options, began_s)))
 
@@ -156,11 +161,12 @@ async def _run(launch: Start, sharding: Sharding, options: ServerOptions, began_
     """Returns the exit status of the server."""
     import msgspec
 
-    from jaxserve.serving.model_files import ModelFiles
+    from jaxserve.serving.model_files import ModelFiles, quantization
     from jaxserve.serving.supervisor import RemoteService
 
     files = ModelFiles.find(launch.model, launch.dtype)
     layout = sharding.choose(files.info.config, files.dtype)
+    quantization(launch.quantize, files.info)  # refused before a process is started
     launch = msgspec.structs.replace(launch, layout=layout)
     name = options.model_name
     service = RemoteService(launch, files.intake(name), files.card(name))

@@ -26,6 +26,7 @@ from jaxserve.errors import UnsupportedError
 from jaxserve.layers.block import Block
 from jaxserve.layers.cache import AnyCache, At
 from jaxserve.layers.ends import Entrance, Widening, per_unit_row
+from jaxserve.layers.linear import product, rows_of
 from jaxserve.layers.norm import Norm
 from jaxserve.layers.param import (
     Axis,
@@ -44,6 +45,9 @@ from jaxserve.partitioning.collectives import Comm
 from jaxserve.partitioning.layout import Stage
 
 Params = dict[str, Any]
+
+_INT8_STD = 127 / 4
+"""Of fresh quantised weights: four deviations are the largest value."""
 
 
 class Decoder(nnx.Module):
@@ -75,7 +79,7 @@ class Decoder(nnx.Module):
 
     def hidden(self, step: Step, cache: AnyCache, run: Runtime) -> tuple[Array, AnyCache]:
         """Returns (the normed residual stream [T, embed] after the last block, the cache)."""
-        x = run.comm.lookup(self.embedding[...], step.tokens)
+        x = rows_of(self.embedding, step.tokens, run.comm)
         if self.widening is not None:
             x = self.widening.enter(x, run.comm, run.kernels)
         x = run.tap("embed", self.entrance(x, step.positions, run))
@@ -110,12 +114,16 @@ class Decoder(nnx.Module):
         self, hidden: Array, comm: Comm, kernels: KernelSet, target: Stage = Stage.WHOLE
     ) -> Array:
         """Returns float32[R, V] of the stage `target` for hidden[R, embed] at `Stage.ENDS`."""
-        table = self.embedding if self.head is None else self.head.values
+        table = self.embedding if self.head is None else self.head
         if self.widening is not None:
             hidden = self.widening.leave(hidden, comm, kernels)
-        y = kernels.matmul(hidden, table[...], 1, Orientation.OUT_IN.value, jnp.dtype("float32"))
+        scales = None if table.scales is None else table.scales[...]
+        if scales is not None:
+            scales = comm.scales(scales, [("vocab", table.outputs[0].size)], gathered=False)
+        # Rows are not rounded here: logits are what tokens are chosen by.
+        y = product(hidden, table, table.values[...], scales, kernels, jnp.float32, None)
         if self.config.unit_head:
-            y = per_unit_row(y, table[...], comm)
+            y = per_unit_row(y, table.values[...], scales, comm)
         # No target has the vocabulary cut, so its padding ends here.
         y = comm.move(y, Stage.SCORED, target)[:, : self.config.vocab_size]
         if self.config.logits_scale is not None:
@@ -163,10 +171,15 @@ class Model:
                     value = jnp.zeros(shape, dtype)
                 case Init.ONES:
                     value = jnp.ones(shape, dtype)
+                case Init.SCALES:
+                    value = jnp.full(shape, leaf.fan_in**-0.5 / _INT8_STD, dtype)
                 case _:
                     std = 0.02 if leaf.init is Init.EMBED else leaf.fan_in**-0.5
                     noise = jax.random.normal(jax.random.fold_in(key, index), shape)
-                    value = (noise * std).astype(dtype)
+                    if dtype == jnp.int8:
+                        value = jnp.clip(jnp.round(noise * _INT8_STD), -127, 127).astype(dtype)
+                    else:
+                        value = (noise * std).astype(dtype)
             flat.append((path, padded(value, logical)))
         return tree_of(flat)
 

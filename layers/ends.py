@@ -8,7 +8,7 @@ from flax import nnx
 from jax import Array, lax
 
 from jaxserve.config import ModelConfig
-from jaxserve.layers.linear import linear
+from jaxserve.layers.linear import linear, rows_of
 from jaxserve.layers.norm import Norm
 from jaxserve.layers.param import Axis, Declare
 from jaxserve.layers.runtime import Runtime
@@ -29,7 +29,7 @@ class Positions(nnx.Module):
     def __call__(self, positions: Array, comm: Comm) -> Array:
         """Returns [T, embed] of the residual stream; padding gets what position 0 has."""
         rows = jnp.clip(positions, 0, self.num_positions - 1)
-        return comm.lookup(self.table[...], rows)
+        return rows_of(self.table, rows, comm)
 
 
 class Widening(nnx.Module):
@@ -75,12 +75,18 @@ class Entrance(nnx.Module):
         return x if self.norm is None else self.norm(x, run.comm, Stage.RESIDUAL)
 
 
-def per_unit_row(logits: Array, table: Array, comm: Comm) -> Array:
+def per_unit_row(logits: Array, table: Array, scales: Array | None, comm: Comm) -> Array:
     """Returns float32[R, V], terms at `Stage.SCORED`, as if rows of table[V, embed] had length 1.
 
     Source: Yang et al. 2023, Baichuan 2, section 2.3 (NormHead).
+
+    Args:
+        scales: float32[V] of a table of int8.
     """
-    squares = row_sum(jnp.square(table.astype(jnp.float32)))[:, None]
+    wide = table.astype(jnp.float32)
+    if scales is not None:
+        wide = wide * scales[:, None]
+    squares = row_sum(jnp.square(wide))[:, None]
     # The least length is that of the published code; rows that pad are zeros.
     lengths = jnp.maximum(comm.total(squares, Stage.ENDS)[:, 0], 1e-24)
     return logits * jnp.broadcast_to(lax.rsqrt(lengths), logits.shape)

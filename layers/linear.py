@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
-from jaxserve.layers.param import Parameter, Weight, WeightGroup, size_of
+from jaxserve.config import Quantization
+from jaxserve.layers.param import Axes, Parameter, Weight, WeightGroup, size_of
 from jaxserve.pallas_kernels import KernelSet
+from jaxserve.pallas_kernels.int8_matmul import Mode
 from jaxserve.partitioning.collectives import Comm
 
 
@@ -22,8 +26,40 @@ def linear(
     """
     if adapters is not None:
         raise ValueError("adapters are not supported; pass adapters=None")
-    values = comm.weight(weight.values[...], [(a.name, a.size) for a in weight.stored])
-    return kernels.matmul(x, values, len(weight.inputs), weight.orientation.value, x.dtype)
+    values = comm.weight(weight.values[...], _named(weight.stored))
+    scales = weight.scales
+    if scales is not None:
+        scales = comm.scales(scales[...], _named(weight.outputs))
+    return product(x, weight, values, scales, kernels, x.dtype, weight.quantize)
+
+
+def product(
+    x: Array,
+    weight: Weight,
+    values: Array,
+    scales: Array | None,
+    kernels: KernelSet,
+    dtype: DTypeLike,
+    quantize: Quantization | None,
+) -> Array:
+    """Returns x[T, *inputs] mapped by the part of a weight that this device uses.
+
+    Args:
+        values, scales: that part.
+        dtype: of the result.
+        quantize: what is rounded, if the weight is quantised.
+    """
+    count, orientation = len(weight.inputs), weight.orientation.value
+    if scales is None:
+        return kernels.matmul(x, values, count, orientation, dtype)
+    mode = Mode.W8A8 if quantize is Quantization.W8A8 else Mode.W8A16
+    return kernels.int8_matmul(x, values, scales, count, orientation, dtype, mode=mode)
+
+
+def rows_of(table: Weight, index: Array, comm: Comm) -> Array:
+    """Returns the rows of a table at index int32[T], as the residual stream [T, embed]."""
+    scales = None if table.scales is None else table.scales[...]
+    return comm.lookup(table.values[...], index, scales, jnp.dtype(table.dtype))
 
 
 def linear_group(
@@ -41,6 +77,10 @@ def linear_group(
         own = None if bias is None else bias[part].reshape(shape)
         found.append((y[:, part].reshape(y.shape[0], *shape), own))
     return found
+
+
+def _named(axes: Axes) -> list[tuple[str, int]]:
+    return [(axis.name, axis.size) for axis in axes]
 
 
 def _value(bias: Parameter | None) -> Array | None:

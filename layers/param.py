@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, NamedTuple, cast
 
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxserve.config import AttentionSpec
+from jaxserve.config import AttentionSpec, Quantization
 from jaxserve.errors import UsageError
 from jaxserve.partitioning.padding import Padding
 
@@ -77,6 +77,7 @@ class Init(StrEnum):
 
     FAN_IN = "fan_in"
     EMBED = "embed"
+    SCALES = "scales"
     ZEROS = "zeros"
     ONES = "ones"
 
@@ -94,18 +95,25 @@ class Weight(nnx.Module):
     Attributes:
         values: [*outputs, *inputs] or [*inputs, *outputs], by `orientation`.
         stored: axes of the values.
-        scales: None; per-output-channel scales of a quantised weight.
+        scales: float32[*outputs] of a quantised weight, whose values are int8; else None.
+        dtype: of what it gives and, unless it is quantised, of its values.
+        quantize: what is rounded where it is used.
         bias: [*outputs], or None.
     """
 
-    def __init__(self, declare: Declare, inputs: Axes, outputs: Axes, bias: bool) -> None:
+    def __init__(
+        self, declare: Declare, inputs: Axes, outputs: Axes, bias: bool, init: Init
+    ) -> None:
         self.inputs = inputs
         self.outputs = outputs
         self.orientation = orientation = declare.orientation
         out_first = orientation is Orientation.OUT_IN
         self.stored = outputs + inputs if out_first else inputs + outputs
-        self.values = declare.parameter(self.stored, Init.FAN_IN, fan_in=_real_size_of(inputs))
-        self.scales: Parameter | None = None
+        self.dtype = declare.dtype
+        self.quantize = quantize = declare.quantize
+        fan_in = _real_size_of(inputs)
+        self.values = declare.parameter(self.stored, init, fan_in, quantize and "int8")
+        self.scales = quantize and declare.parameter(outputs, Init.SCALES, fan_in, "float32")
         self.bias = declare.parameter(outputs, Init.ZEROS) if bias else None
 
 
@@ -148,6 +156,7 @@ class Declare:
             otherwise each has its own, and the compiler sees every layer.
         copies: length of that array, while a repeated layer is declared.
         padding: sizes that divide over a mesh; None keeps the model's own.
+        quantize: weights are int8 with a scale per output channel; vectors stay in `dtype`.
     """
 
     dtype: str = "float32"
@@ -156,6 +165,7 @@ class Declare:
     stack: bool = False
     copies: int | None = None
     padding: Padding | None = None
+    quantize: Quantization | None = None
 
     def __post_init__(self) -> None:
         if self.fuse and self.padding is not None:
@@ -190,9 +200,11 @@ class Declare:
         """Returns the attention that is computed, its heads padded."""
         return spec if self.padding is None else self.padding.attention(spec)
 
-    def weight(self, inputs: Axes, outputs: Axes, bias: bool = False) -> Weight:
+    def weight(
+        self, inputs: Axes, outputs: Axes, bias: bool = False, init: Init = Init.FAN_IN
+    ) -> Weight:
         """Returns a declared linear map."""
-        return Weight(self, inputs, outputs, bias)
+        return Weight(self, inputs, outputs, bias, init)
 
     def group(self, inputs: Axes, bias: bool = False, **members: Axes) -> WeightGroup:
         """Returns declared linear maps with a common input."""
@@ -202,16 +214,23 @@ class Declare:
         """Returns a declared vector, such as a norm's scale."""
         return self.parameter((axis,), init)
 
-    def table(self, rows: Axis, columns: Axis) -> Parameter:
-        """Returns a declared lookup table [rows, columns]."""
-        return self.parameter((rows, columns), Init.EMBED)
+    def table(self, rows: Axis, columns: Axis) -> Weight:
+        """Returns a declared lookup table [rows, columns], which is a map of columns to rows."""
+        out_first = replace(self, orientation=Orientation.OUT_IN)
+        return Weight(out_first, (columns,), (rows,), bias=False, init=Init.EMBED)
 
-    def parameter(self, axes: Axes, init: Init, fan_in: int = 1) -> Parameter:
-        """Returns a parameter with shape, dtype, axes and initialiser, and no values."""
+    def parameter(
+        self, axes: Axes, init: Init, fan_in: int = 1, dtype: str | None = None
+    ) -> Parameter:
+        """Returns a parameter with shape, dtype, axes and initialiser, and no values.
+
+        Args:
+            dtype: None is that of the declaration.
+        """
         logical = axes
         if self.copies is not None:
             axes = (Axis("layers", self.copies), *axes)
-        value = jax.ShapeDtypeStruct(tuple(a.size for a in axes), jnp.dtype(self.dtype))
+        value = jax.ShapeDtypeStruct(tuple(a.size for a in axes), jnp.dtype(dtype or self.dtype))
         names = tuple(a.name for a in axes)
         return Parameter(value, axes=names, logical=logical, init=init, fan_in=fan_in)
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from jaxserve.config import AttentionSpec
 from jaxserve.errors import UnsupportedError, UsageError
@@ -70,6 +71,15 @@ class Comm(Protocol):
         """Returns a stored weight with these logical axes as the projections use it."""
         ...
 
+    def scales(self, values: Array, axes: LogicalAxes, gathered: bool = True) -> Array:
+        """Returns the part of a weight's scales, which every device holds whole, beside it.
+
+        Args:
+            axes: the weight's outputs.
+            gathered: beside the weight as the projections use it; otherwise as it is stored.
+        """
+        ...
+
     def vector(self, values: Any, stage: Stage, kv_heads: int | None = None) -> Array:
         """Returns the part of [features, ...], which every device holds whole, for a stage."""
         ...
@@ -117,8 +127,13 @@ class Comm(Protocol):
         """Returns the share of every page that is kept here; None where pages are whole."""
         ...
 
-    def lookup(self, table: Array, tokens: Array) -> Array:
-        """Returns the rows of table[V, embed] at tokens int32[T], as the residual stream."""
+    def lookup(self, table: Array, tokens: Array, scales: Array | None, dtype: DTypeLike) -> Array:
+        """Returns the rows of table[V, embed] at tokens int32[T], as the residual stream.
+
+        Args:
+            scales: float32[V] of a table of int8.
+            dtype: of the result.
+        """
         ...
 
     def take(self, x: Array, rows: Array | None) -> Array:
@@ -145,6 +160,10 @@ class LocalComm:
 
     def weight(self, values: Array, axes: LogicalAxes) -> Array:
         """Returns the weight."""
+        return values
+
+    def scales(self, values: Array, axes: LogicalAxes, gathered: bool = True) -> Array:
+        """Returns the scales."""
         return values
 
     def vector(self, values: Any, stage: Stage, kv_heads: int | None = None) -> Array:
@@ -194,9 +213,9 @@ class LocalComm:
         """Returns None."""
         return None
 
-    def lookup(self, table: Array, tokens: Array) -> Array:
+    def lookup(self, table: Array, tokens: Array, scales: Array | None, dtype: DTypeLike) -> Array:
         """Returns the rows of the table."""
-        return jnp.take(table, tokens, axis=0)
+        return _rows(table, tokens, scales, dtype)
 
     def take(self, x: Array, rows: Array | None) -> Array:
         """Returns the rows."""
@@ -264,6 +283,14 @@ class MeshComm:
                 values = lax.all_gather(values, over, axis=dim, tiled=True)
                 # Or else XLA swaps gathers, or turns the weight around between them.
                 values = lax.optimization_barrier(values)
+        return values
+
+    def scales(self, values: Array, axes: LogicalAxes, gathered: bool = True) -> Array:
+        """Returns the part of a weight's scales, which every device holds whole, beside it."""
+        sizes = dict(self.sizes)
+        lies = self.phase.used if gathered else self.phase.stored
+        for dim, (name, size) in enumerate(axes):
+            values = self._cut(values, lies(name, size, sizes), dim)
         return values
 
     def vector(self, values: Any, stage: Stage, kv_heads: int | None = None) -> Array:
@@ -346,13 +373,15 @@ class MeshComm:
         axes = self.phase.stripes
         return Stripe(self.num_stripes, self._index(axes), axes)
 
-    def lookup(self, table: Array, tokens: Array) -> Array:
+    def lookup(self, table: Array, tokens: Array, scales: Array | None, dtype: DTypeLike) -> Array:
         """Returns the rows of table[V.zy, E.x] at tokens int32[T], as the residual stream."""
+        if scales is not None:
+            scales = self._cut(scales, self.phase.stored("vocab", len(scales), dict(self.sizes)), 0)
         axes = self.placement(Stage.EMBEDDED).partial
         order = tuple(axis for axis in HIDDEN_ORDER if axis in axes)
         index = tokens - self._index(order) * table.shape[0]
         here = (index >= 0) & (index < table.shape[0])
-        rows = jnp.take(table, jnp.clip(index, 0, table.shape[0] - 1), axis=0)
+        rows = _rows(table, jnp.clip(index, 0, table.shape[0] - 1), scales, dtype)
         rows = jnp.where(here[:, None], rows, jnp.zeros_like(rows))
         return self.move(rows, Stage.EMBEDDED, Stage.RESIDUAL)
 
@@ -497,6 +526,14 @@ def _scattered(pieces: Array, axes: tuple[str, ...]) -> Array:
         pieces = lax.optimization_barrier(pieces).reshape(count, -1, columns)
     out = lax.psum_scatter(pieces, axes, scatter_dimension=0, tiled=False)
     return out.reshape(rows, width)
+
+
+def _rows(table: Array, index: Array, scales: Array | None, dtype: DTypeLike) -> Array:
+    """Returns the rows of a table, of their scales where it is quantised."""
+    rows = jnp.take(table, index, axis=0)
+    if scales is None:
+        return rows.astype(dtype)
+    return (rows.astype(jnp.float32) * jnp.take(scales, index, axis=0)[:, None]).astype(dtype)
 
 
 def _biased(x: Array, bias: Array | None) -> Array:

@@ -19,6 +19,7 @@ import jax
 import jaxserve
 from jaxserve.checkpoint import load_params
 from jaxserve.compile_cache import enable as enable_compile_cache
+from jaxserve.config import Quantization
 from jaxserve.errors import UnavailableError
 from jaxserve.pallas_kernels import kernel_set
 from jaxserve.partitioning.devices import use_devices
@@ -26,7 +27,7 @@ from jaxserve.progress import Show, reporter
 from jaxserve.serving.build import ModelEngine
 from jaxserve.serving.engine_process import Made
 from jaxserve.serving.memory_plan import device_memory, memory_plan
-from jaxserve.serving.model_files import ModelFiles
+from jaxserve.serving.model_files import ModelFiles, quantization
 from jaxserve.serving.placing import places_of, program_of, sized
 from jaxserve.serving.wire import Start
 
@@ -45,7 +46,8 @@ def build_model(start: Start, phase: Callable[[str], None]) -> Made:
     phase("weights")
     files = ModelFiles.find(start.model, start.dtype)
     kernels = kernel_set(start.backend)
-    program = program_of(files.info.config, files.dtype, kernels, start.layout)
+    rounded = quantization(start.quantize, files.info)
+    program = program_of(files.info.config, files.dtype, kernels, start.layout, rounded)
     params = load_params(files.info, program.model, places_of(program), reporter(Show.SILENT))
     phase("compile")
     made = ModelEngine.create(program, params, sized(start.options, start.layout))
@@ -54,13 +56,15 @@ def build_model(start: Start, phase: Callable[[str], None]) -> Made:
     runner = made.runner
     return Made(
         made.engine,
-        _info(made, platform, files.dtype, start),
+        _info(made, platform, files.dtype, start, rounded),
         lambda: runner.compiles_after_ready,
         partial(_trace, threading.Lock()),
     )
 
 
-def _info(made: ModelEngine, platform: str, dtype: str, start: Start) -> dict[str, Any]:
+def _info(
+    made: ModelEngine, platform: str, dtype: str, start: Start, rounded: Quantization | None
+) -> dict[str, Any]:
     """Returns what the engine tells of itself."""
     runner = made.runner
     plan = memory_plan(runner, device_memory())
@@ -71,6 +75,7 @@ def _info(made: ModelEngine, platform: str, dtype: str, start: Start) -> dict[st
         "mesh": {} if start.layout is None else dict(start.layout.mesh.sizes),
         "layout": "one device" if start.layout is None else str(start.layout),
         "dtype": dtype,
+        "quantize": rounded,
         "kernels": start.backend,
         "capacity": {
             "sequences": runner.num_slots,

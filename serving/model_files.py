@@ -14,6 +14,7 @@ from typing import Self
 from jaxserve.checkpoint import inspect
 from jaxserve.checkpoint.info import CheckpointInfo
 from jaxserve.checkpoint.locate import locate
+from jaxserve.config import Quantization
 from jaxserve.errors import UsageError
 from jaxserve.serving.intake import Intake
 from jaxserve.serving.service import ModelCard
@@ -84,6 +85,20 @@ class ModelFiles:
 def has_tokenizer(path: Path) -> bool:
     """Returns whether a checkpoint directory holds files of a tokenizer."""
     return any((path / name).exists() for name in TOKENIZER_FILES)
+
+
+def quantization(asked: str | None, info: CheckpointInfo) -> Quantization | None:
+    """Returns what is rounded to int8: what was asked for, or what the checkpoint was made for.
+
+    Raises:
+        UsageError: there is no such choice.
+    """
+    chosen = info.quantize if asked is None else asked
+    if chosen is None:
+        return None
+    if chosen not in list(Quantization):
+        raise UsageError(f"quantize={chosen!r} is not supported; use {' or '.join(Quantization)}")
+    return Quantization(chosen)
 
 
 def run_dtype(asked: str | None, stored: str) -> str:

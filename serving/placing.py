@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import msgspec
 from jax import Array
 
-from jaxserve.config import ModelConfig
+from jaxserve.config import ModelConfig, Quantization
 from jaxserve.errors import UsageError
 from jaxserve.layers.decoder import Model, Params
 from jaxserve.layers.param import Declare, Parameter, named_parameters, padded, tree_of
@@ -35,6 +35,7 @@ def program_of(
     declare: Declare | str,
     kernels: KernelSet,
     layout: Layout | None = None,
+    quantize: Quantization | None = None,
 ) -> Program:
     """Returns the program of a model.
 
@@ -42,13 +43,15 @@ def program_of(
         declare: how weights are stored, or a dtype, for what the devices do best. A mesh adds its
             padding.
         layout: None, or one of a single device, takes one device.
+        quantize: what is rounded, where `declare` is a dtype.
 
     Raises:
         UsageError: there are too few devices.
     """
     if isinstance(declare, str):
         declare = Declare.best(jax.default_backend(), declare)
-        declare = replace(declare, fuse=declare.fuse and _one_device(layout))
+        fuse = declare.fuse and _one_device(layout)
+        declare = replace(declare, fuse=fuse, quantize=quantize)
     if layout is None or _one_device(layout):
         return Program(Model(config, declare), LocalComm(), kernels)
     model = Model(config, replace(declare, padding=layout.padding))

@@ -45,6 +45,7 @@ class Start(msgspec.Struct, frozen=True, tag=True):
         launched_s: `time.monotonic()` when the process was launched.
         layout: what lies where on a mesh; None takes one device.
         devices: as `use_devices` takes them.
+        quantize: as `model_files.quantization` takes it.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     launched_s: float = 0.0
     layout: Layout | None = None
     devices: str | None = None
+    quantize: str | None = None
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):

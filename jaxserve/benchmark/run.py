@@ -30,7 +30,7 @@ class Job:
     """What to run.
 
     Attributes:
-        model: as `jaxserve.load` takes it; so is `dtype`.
+        model: as `jaxserve.load` takes it; so are `dtype` and `quantize`.
         requests, rate, seed, scale: of the trace; see `TraceSpec`.
         slo: limits of a good request.
         engine: fields of `EngineOptions` that differ from its defaults.
@@ -40,6 +40,7 @@ class Job:
 
     model: str = "tiny"
     dtype: str | None = None
+    quantize: str | None = None
     requests: int = 200
     rate: float | None = None
     seed: int = 0
@@ -73,7 +74,14 @@ def measure(job: Job) -> Result:
 
     show = "silent" if job.quiet else "auto"
     options = EngineOptions(**job.engine)
-    llm = load(job.model, dtype=job.dtype, engine=options, show=show, **job.sharding)
+    llm = load(
+        job.model,
+        dtype=job.dtype,
+        quantize=job.quantize,
+        engine=options,
+        show=show,
+        **job.sharding,
+    )
     spec = TraceSpec(
         requests=job.requests,
         seed=job.seed,

@@ -43,6 +43,8 @@ class CheckpointInfo:
         generation: sampling defaults and special tokens.
         tensors: every tensor the model is made of, by its name in the checkpoint.
         ignored: tensors that carry no weights of their own (rotary frequencies, ...).
+        quantize: what its weights were rounded for, "int8" or "w8a8"; None if they are as trained.
+        unrounded_dtype: dtype that quantised weights had.
     """
 
     path: Path
@@ -53,11 +55,13 @@ class CheckpointInfo:
     generation: GenerationDefaults
     tensors: Mapping[str, TensorInfo] = field(repr=False)
     ignored: tuple[str, ...] = ()
+    quantize: str | None = None
+    unrounded_dtype: str | None = None
 
     @property
     def num_parameters(self) -> int:
-        """Returns the number of weights."""
-        return sum(tensor.size for tensor in self.tensors.values())
+        """Returns the number of weights, scales of quantised ones aside."""
+        return sum(t.size for name, t in self.tensors.items() if not _is_scales(name, self.tensors))
 
     @property
     def nbytes(self) -> int:
@@ -66,7 +70,9 @@ class CheckpointInfo:
 
     @property
     def dtype(self) -> str:
-        """Returns the dtype that most of the weights have."""
+        """Returns the dtype that most of the weights have; had, where they are quantised."""
+        if self.unrounded_dtype is not None:
+            return self.unrounded_dtype
         sizes: Counter[str] = Counter()
         for tensor in self.tensors.values():
             sizes[tensor.dtype] += tensor.size
@@ -102,8 +108,12 @@ def inspect(path: str | Path) -> CheckpointInfo:
     _refuse_quantized(file, hf_config)
     family = _naming(file, lambda: family_for(hf_config))
     config = _naming(file, lambda: family.config(hf_config))
+    quantize = unrounded_dtype = None
     if is_orbax:
-        tensors, ignored = _orbax_tensors(directory, family, config), ()
+        listing = manifest.read_manifest(directory)
+        tensors, ignored = _orbax_tensors(directory, listing, family, config), ()
+        if listing.quantize is not None:
+            quantize, unrounded_dtype = listing.quantize, listing.dtype
     else:
         found = hf.tensor_table(directory)
         tensors = used_tensors(directory, family, family.sources(config), found)
@@ -117,6 +127,8 @@ def inspect(path: str | Path) -> CheckpointInfo:
         generation=read_generation_defaults(directory, hf_config),
         tensors=tensors,
         ignored=ignored,
+        quantize=quantize,
+        unrounded_dtype=unrounded_dtype,
     )
 
 
@@ -139,11 +151,16 @@ def _refuse_quantized(file: Path, hf_config: Mapping[str, Any]) -> None:
             )
 
 
+def _is_scales(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Returns whether a tensor holds the scales of another one."""
+    base = name.removesuffix(".scales")
+    return base != name and base in tensors and tensors[base].dtype == "int8"
+
+
 def _orbax_tensors(
-    directory: Path, family: Family, config: ModelConfig
+    directory: Path, listing: manifest.Manifest, family: Family, config: ModelConfig
 ) -> Mapping[str, TensorInfo]:
     """Returns the weights that a manifest lists, checked against the config."""
-    listing = manifest.read_manifest(directory)
     where = directory / manifest.NAME
     if listing.family != family.name:
         raise CheckpointError(
@@ -154,7 +171,8 @@ def _orbax_tensors(
     sources = family.sources(config)
     if missing := sorted(sources.keys() - tensors.keys()):
         raise CheckpointError(f"{where}: {listed(missing)} missing, expected by config.json")
-    if extra := sorted(tensors.keys() - sources.keys()):
+    extra = sorted(tensors.keys() - sources.keys())
+    if extra := [name for name in extra if not _is_scales(name, tensors)]:
         raise CheckpointError(f"{where}: {listed(extra)} found, not expected by config.json")
     for name, source in sources.items():
         expected, found = hf.logical_shape(source), tensors[name].shape

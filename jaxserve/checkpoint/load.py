@@ -11,8 +11,10 @@ from jaxserve.checkpoint.hf import HfReader
 from jaxserve.checkpoint.info import CheckpointInfo, Format, inspect
 from jaxserve.checkpoint.orbax import OrbaxReader
 from jaxserve.checkpoint.place import place
+from jaxserve.checkpoint.quantize import QuantizingReader, quantized_names
 from jaxserve.checkpoint.stored import Stored, stored_parameters
 from jaxserve.checkpoint.tensors import Reader
+from jaxserve.errors import UsageError
 from jaxserve.layers.decoder import Model, Params
 from jaxserve.layers.param import tree_of
 from jaxserve.progress import Reporter, Silent
@@ -39,9 +41,17 @@ def load_params(
 
     Raises:
         CheckpointError: the checkpoint is damaged, or not of this model.
+        UsageError: it is quantised, and the model is not.
     """
     info = checkpoint if isinstance(checkpoint, CheckpointInfo) else inspect(checkpoint)
+    if info.quantize is not None and model.declare.quantize is None:
+        raise UsageError(
+            f"{info.path} holds weights rounded to int8; declare the model with "
+            f"quantize={info.quantize!r}, or load the original checkpoint"
+        )
     reader = open_reader(info)
+    if model.declare.quantize is not None and info.quantize is None:
+        reader = QuantizingReader(reader, quantized_names(model))
     parameters = stored_parameters(model)
     total = sum(stored.nbytes for stored in parameters)
     flat: list[tuple[tuple[str | int, ...], jax.Array]] = []

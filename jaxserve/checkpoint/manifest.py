@@ -41,6 +41,7 @@ class Manifest:
         dtype: of most of the weights.
         tensors: logical name -> dtype and shape.
         files: path below the checkpoint -> bytes, of everything that holds weights.
+        quantize: what weights were rounded for; those of int8 have scales beside them.
     """
 
     version: int
@@ -49,6 +50,7 @@ class Manifest:
     dtype: str
     tensors: dict[str, Entry]
     files: dict[str, int]
+    quantize: str | None = None
 
     def write(self, directory: Path) -> None:
         """Writes jaxserve.json."""
@@ -99,7 +101,7 @@ def _parsed(raw: dict[str, Any]) -> Manifest:
         str(name): Entry(str(entry["dtype"]), tuple(int(size) for size in entry["shape"]))
         for name, entry in raw.pop("tensors").items()
     }
-    if unknown := {entry.dtype for entry in tensors.values()} - set(LOADABLE):
+    if unknown := {entry.dtype for entry in tensors.values()} - {*LOADABLE, "int8"}:
         raise ValueError(f"unknown dtypes {sorted(unknown)}")
     files = {str(name): int(size) for name, size in raw.pop("files").items()}
     return Manifest(tensors=tensors, files=files, **raw)

@@ -29,8 +29,12 @@ from jaxserve.checkpoint import manifest
 from jaxserve.checkpoint.files import companions, expanded
 from jaxserve.checkpoint.hf import HfReader
 from jaxserve.checkpoint.info import CheckpointInfo, Format, inspect
+from jaxserve.checkpoint.quantize import SCALES, QuantizingReader, quantized_names
 from jaxserve.checkpoint.tensors import Index, TensorInfo
+from jaxserve.config import Quantization
 from jaxserve.errors import CheckpointError, UsageError
+from jaxserve.layers.decoder import Model
+from jaxserve.layers.param import Declare
 from jaxserve.progress import Reporter, Silent
 
 _CHUNK_BYTES = 16 * 2**20
@@ -39,7 +43,10 @@ _SAVE_GB = 1
 
 
 def convert(
-    source: str | Path, out: str | Path, progress: Reporter | None = None
+    source: str | Path,
+    out: str | Path,
+    progress: Reporter | None = None,
+    quantize: Quantization | None = None,
 ) -> CheckpointInfo:
     """Returns what the Orbax checkpoint holds that was written to `out`.
 
@@ -49,6 +56,7 @@ def convert(
         source: directory of a Hugging Face checkpoint.
         out: a directory that does not exist yet, or is empty.
         progress: told the bytes written; None is silent.
+        quantize: round weights to int8, for activations as they are or rounded too.
 
     Raises:
         UsageError: `out` holds something, or `source` is no Hugging Face checkpoint.
@@ -67,7 +75,7 @@ def convert(
         work.mkdir()
         try:
             with (progress or Silent()).task(f"converting {info.path.name}", info.nbytes) as done:
-                _write(info, work)
+                _write(info, work, quantize)
                 done(info.nbytes)
             work.rename(target)
         finally:
@@ -85,10 +93,14 @@ def _check_target(target: Path) -> None:
         raise UsageError(f"{target} {held}; give a new or empty directory")
 
 
-def _write(info: CheckpointInfo, directory: Path) -> None:
+def _write(info: CheckpointInfo, directory: Path, quantize: Quantization | None) -> None:
     """Writes the whole content of a converted checkpoint into `directory`."""
-    reader = HfReader(info.tensors, info.sources())
-    arrays = {name: reader.read(name, ()) for name in sorted(info.sources())}
+    reader, names = HfReader(info.tensors, info.sources()), list(info.sources())
+    if quantize is not None:
+        rounded = quantized_names(Model(info.config, Declare(info.dtype, quantize=quantize)))
+        reader = QuantizingReader(reader, rounded)
+        names += [name + SCALES for name in rounded]
+    arrays = {name: reader.read(name, ()) for name in sorted(names)}
     _save(directory / manifest.PARAMS, arrays)
     for path in companions(info.path):
         shutil.copyfile(path, directory / path.name)
@@ -102,6 +114,7 @@ def _write(info: CheckpointInfo, directory: Path) -> None:
             name: manifest.Entry(array.dtype.name, array.shape) for name, array in arrays.items()
         },
         files={path.relative_to(directory).as_posix(): path.stat().st_size for path in data},
+        quantize=None if quantize is None else quantize.value,
     ).write(directory)
 
 

@@ -171,8 +171,8 @@ def _pieces(path: TreePath, owners: list[Any], outputs: Axes, inputs: Axes) -> t
     """Returns the logical weights of the parameter at `path`."""
     if not isinstance(owners[-1], Weight):
         return (Piece(_dotted(path), _sizes(outputs)),)
-    assert path[-1] in ("values", "bias"), path
-    suffix = () if path[-1] == "values" else ("bias",)
+    assert path[-1] in ("values", "scales", "bias"), path
+    suffix = () if path[-1] == "values" else (path[-1],)
     groups = [i for i, owner in enumerate(owners) if isinstance(owner, WeightGroup)]
     if not groups:
         return (Piece(_dotted(path[:-1] + suffix), _sizes(outputs), _sizes(inputs)),)

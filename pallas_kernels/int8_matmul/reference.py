@@ -39,7 +39,8 @@ def int8_matmul(
     """
     x = x.astype(jnp.float32)
     if mode is Mode.W8A8:
-        rounded, factor = rounded_rows(x, num_inputs)
+        rows, factor = scaled_rows(x, num_inputs)
+        rounded = jnp.round(rows)
         y = matmul(rounded, w, num_inputs, orientation, jnp.float32)
         y = y * factor.reshape(-1, *[1] * (y.ndim - 1))
     else:
@@ -50,12 +51,13 @@ def int8_matmul(
     return activated(y, activation).astype(dtype)
 
 
-def rounded_rows(x: Array, num_inputs: int) -> tuple[Array, Array]:
-    """Returns (float32 whole numbers up to LIMIT, float32[T] factors) with x near their product.
+def scaled_rows(x: Array, num_inputs: int) -> tuple[Array, Array]:
+    """Returns (float32 numbers up to LIMIT, float32[T] factors) whose product is x[T, *inputs].
 
-    Rounding is to the nearest, ties to the even number; a row of zeros has the factor zero.
+    Rounded to the nearest, ties to the even number, they are int8; a row of zeros has the factor
+    zero.
     """
     axes = tuple(range(x.ndim - num_inputs, x.ndim))
     largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
     inverse = jnp.where(largest > 0, LIMIT / jnp.where(largest > 0, largest, 1.0), 0.0)
-    return jnp.round(x * inverse), largest.reshape(x.shape[0]) * (1.0 / LIMIT)
+    return x * inverse, largest.reshape(x.shape[0]) * (1.0 / LIMIT)

@@ -57,7 +57,7 @@ def test_a_padded_model_generates_what_one_device_does(mesh, names) -> None:
     llm = on(mesh, **names)
     outs = llm.generate(PROMPTS, max_tokens=10, temperature=0)
     assert [tuple(out.token_ids) for out in outs] == wanted()
-    table = llm.params["embedding"]
+    table = llm.params["embedding"]["values"]
     assert table.shape[0] > CONFIG.vocab_size
     assert len(table.sharding.device_set) == np.prod(mesh)
 
@@ -86,13 +86,13 @@ def test_new_weights_are_padded_and_placed_too() -> None:
 def test_weights_of_another_model_are_refused(path: str) -> None:
     params = dict(weights())
     if path == "missing":
-        del params["embedding"]
+        del params["final_norm"]
     elif path == "extra":
         params["more"] = jnp.zeros(3)
     else:
-        params["embedding"] = jnp.zeros((98, 48))
-    names = {"missing": "embedding", "extra": "more", "shape": "embedding"}
-    with pytest.raises(UsageError, match=rf"params\['{names[path]}'\] has shape"):
+        params["embedding"] = {"values": jnp.zeros((98, 48))}
+    names = {"missing": "final_norm", "extra": "more", "shape": "embedding"}
+    with pytest.raises(UsageError, match=rf"params\['{names[path]}'\].* has shape"):
         js.LLM(CONFIG, params, layout=choose(CONFIG, "float32", mesh=(2, 2, 2)))
 
 
@@ -112,7 +112,7 @@ def test_the_layout_shows_itself(capsys) -> None:
     assert repr(llm.layout).startswith("wg-x/heads-batch on 2x2x2: 8 devices, float32\npadded: ")
     assert llm.layout._repr_html_().count("<svg") == 1
     assert repr(on().layout).startswith("ws2d/heads on 1x1x1: 1 device")
-    jax.debug.visualize_array_sharding(llm.params["embedding"])
+    jax.debug.visualize_array_sharding(llm.params["embedding"]["values"])
     assert "CPU 0" in capsys.readouterr().out
 
 

@@ -99,14 +99,14 @@ def test_a_row_depends_neither_on_its_neighbour_nor_on_padding(params: Params) -
 
 def test_embeddings_are_scaled_rows_of_the_table(small: Params) -> None:
     out = compiled(SMALL, small, sequences(ROWS), 2, capture=("embed", "final"))
-    table = np.asarray(small["embedding"])
+    table = np.asarray(small["embedding"]["values"])
     np.testing.assert_allclose(out.taps["embed"], table[np.ravel(ROWS)] * 2.0, rtol=1e-6)
     np.testing.assert_array_equal(out.taps["final"], out.hidden)
 
 
 def test_tied_logits_are_scaled_products_with_the_table(small: Params) -> None:
     out = compiled(SMALL, small, sequences(ROWS), 2, capture=("embed", "final"))
-    wanted = np.asarray(out.hidden) @ np.asarray(small["embedding"]).T * 0.7
+    wanted = np.asarray(out.hidden) @ np.asarray(small["embedding"]["values"]).T * 0.7
     assert "head" not in small
     np.testing.assert_allclose(out.logits, wanted, atol=1e-5)
 
@@ -142,7 +142,7 @@ def test_an_edited_residual_is_what_later_layers_see(small: Params) -> None:
     found = edited(small, {"layers.0.resid": lambda x: jnp.zeros_like(x).at[:, 0].set(8.0)})
     scale = float(small["final_norm"]["scale"][0])
     # Mean square 64 / 8: the norm leaves sqrt(8), in the first feature.
-    wanted = np.asarray(small["embedding"])[:, 0] * 8**0.5 * scale * 0.7
+    wanted = np.asarray(small["embedding"]["values"])[:, 0] * 8**0.5 * scale * 0.7
     np.testing.assert_allclose(found, np.tile(wanted, (2 * LENGTH, 1)), rtol=1e-5)
 
 

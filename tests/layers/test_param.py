@@ -102,7 +102,7 @@ def test_axes_and_shapes_of_a_model_are_parallel_trees(fuse: bool) -> None:
     shapes, axes = model.abstract_params(), model.param_axes()
     matched = jax.tree.map(lambda shape, names: len(shape.shape) == len(names), shapes, axes)
     assert all(jax.tree.leaves(matched))
-    assert axes["embedding"] == ("vocab", "embed")
+    assert axes["embedding"]["values"] == ("vocab", "embed")
     assert axes["head"]["values"] == ("vocab", "embed")
     assert axes["layers"][1]["attention"]["out"]["values"] == ("heads", "head", "embed")
 
@@ -125,7 +125,7 @@ def test_fresh_parameters_have_the_distributions_declared() -> None:
     params = jax.jit(Model(config, Declare(fuse=True)).init)(jax.random.key(0))
     layer = params["layers"][0]
     for values, std in [
-        (params["embedding"], 0.02),
+        (params["embedding"]["values"], 0.02),
         (layer["mlp"]["hidden"]["fused"]["values"], 1 / 8),
         (layer["mlp"]["down"]["values"], 1 / 16),
     ]:

@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array
 
 from jaxserve.checkpoint.place import place as place_param
+from jaxserve.checkpoint.quantize import QuantizingReader, quantized_names
 from jaxserve.checkpoint.stored import stored_parameters
 from jaxserve.config import (
     Activation,
@@ -26,6 +27,7 @@ from jaxserve.config import (
     ModelConfig,
     NormKind,
     NormSpec,
+    Quantization,
     RopeSpec,
 )
 from jaxserve.layers.cache import PAGE_SIZE, DenseCache
@@ -112,6 +114,7 @@ class Case:
     heads: Heads
     stack: bool = False
     padding: Padding | None = None
+    quantize: Quantization | None = None
 
     def __str__(self) -> str:
         mesh = "x".join(map(str, self.mesh))
@@ -132,16 +135,16 @@ def serves(family: str, mesh: tuple[int, int, int], heads: Heads) -> bool:
 
 def error(case: Case) -> float:
     """Returns the largest difference of a logit from one device's, relative to the largest."""
-    wanted = one_device(case.family, _batch(case.mesh))
+    wanted = one_device(case.family, _batch(case.mesh), case.quantize)
     found = on_mesh(case)
     assert found.shape == wanted.shape
     return float(np.max(np.abs(found - wanted)) / np.max(np.abs(wanted)))
 
 
 @cache
-def one_device(family: str, batch: int) -> np.ndarray:
+def one_device(family: str, batch: int, quantize: Quantization | None = None) -> np.ndarray:
     """Returns float32[1 + STEPS, B, V], logits of the prompts' ends and of greedy steps."""
-    return logits_alone(Model(FAMILIES[family], Declare()), family, batch)
+    return logits_alone(Model(FAMILIES[family], Declare(quantize=quantize)), family, batch)
 
 
 def logits_alone(model: Model, family: str, batch: int) -> np.ndarray:
@@ -153,14 +156,18 @@ def on_mesh(case: Case) -> np.ndarray:
     """Returns the same, computed on the mesh."""
     plan = MeshPlan(*case.mesh)
     padding = case.padding or Padding(case.phases, plan.sizes)
-    model = Model(FAMILIES[case.family], Declare(stack=case.stack, padding=padding))
+    declare = Declare(stack=case.stack, padding=padding, quantize=case.quantize)
+    model = Model(FAMILIES[case.family], declare)
     return _rounds(model, case.family, (make_mesh(plan), *case.phases), _batch(case.mesh))
 
 
 def params_of(model: Model, family: str, place: Any = None) -> Any:
     """Returns the family's weights as the model stores them, read as those of a checkpoint."""
+    reader = Weights(family)
+    if model.declare.quantize is not None:
+        reader = QuantizingReader(reader, quantized_names(model))
     found = (
-        (one.path, place_param(one, Weights(family), place and place(one.axes, one.shape)))
+        (one.path, place_param(one, reader, place and place(one.axes, one.shape)))
         for one in stored_parameters(model)
     )
     return tree_of(found)

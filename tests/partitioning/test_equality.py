@@ -2,13 +2,15 @@
 
 from itertools import combinations, product
 
+import numpy as np
 import pytest
 
-from jaxserve.partitioning.layout import Heads, PhaseLayout
+from jaxserve.config import Quantization
+from jaxserve.partitioning.layout import Ffn, Heads, PhaseLayout
 from jaxserve.partitioning.mesh import MeshPlan
 from jaxserve.partitioning.padding import Padding
 
-from .equality import FAMILIES, MESHES, PAIRS, Case, error, serves
+from .equality import FAMILIES, MESHES, PAIRS, Case, error, on_mesh, one_device, serves
 
 LIMIT = 1e-5
 """Of the largest logit, in float32."""
@@ -55,6 +57,33 @@ def test_logits_are_those_of_one_device(case: Case) -> None:
 def test_layers_that_repeat_in_one_loop_give_the_same(family: str) -> None:
     first, second = PAIRS[-1][0], PAIRS[1][0]
     assert error(Case(family, (2, 2, 2), first, second, Heads.HEADS_BATCH, stack=True)) < LIMIT
+
+
+@pytest.mark.parametrize(
+    ("family", "mesh", "pair", "heads"),
+    [
+        ("llama", (1, 2, 4), PAIRS[0], Heads.HEADS),
+        ("falcon", (2, 2, 2), PAIRS[1], Heads.BATCH),
+        ("gemma2", (2, 2, 2), (Ffn.WG_XYZ, Ffn.WS2D), Heads.HEADS_BATCH),
+        ("palm", (3, 2, 1), (Ffn.WG_XY, Ffn.WG_X), Heads.HEADS),
+        ("alibi", (8, 1, 1), (Ffn.WG_X, Ffn.WG_XY), Heads.HEADS),
+    ],
+    ids=str,
+)
+def test_weights_of_int8_give_the_logits_of_one_device(family, mesh, pair, heads) -> None:
+    assert error(Case(family, mesh, *pair, heads, quantize=Quantization.INT8)) < LIMIT
+
+
+def test_each_device_rounds_its_part_of_a_row() -> None:
+    case = Case("llama", (2, 2, 2), *PAIRS[1], Heads.HEADS, quantize=Quantization.W8A8)
+    wanted = one_device(case.family, 8, case.quantize)[0]
+    error = np.max(np.abs(on_mesh(case)[0] - wanted)) / np.max(np.abs(wanted))
+    assert LIMIT < error < 0.1  # finer parts, other rounding
+
+
+def test_rows_that_stay_whole_are_rounded_as_on_one_device() -> None:
+    case = Case("alibi", (8, 1, 1), Ffn.WG_X, Ffn.WG_XY, Heads.HEADS, quantize=Quantization.W8A8)
+    assert error(case) < LIMIT
 
 
 @pytest.mark.slow

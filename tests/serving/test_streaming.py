@@ -99,7 +99,7 @@ def assert_same_scores(llm: js.LLM, prompt: Sequence[int], done: Completion) -> 
 def written_out(params: Params, config: ModelConfig, tokens: Sequence[int]) -> np.ndarray:
     """Returns float64[T, V], the log-probabilities after each token."""
     weights = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-    x = weights["embedding"][list(tokens)]
+    x = weights["embedding"]["values"][list(tokens)]
     for index, layer in enumerate(config.layers):
         w = weights["layers"][index]
         x = x + attended(normed(x, w["attention_norm"]), layer.attention, w["attention"])

@@ -48,7 +48,7 @@ def by_hand(tensors: dict[str, np.ndarray], orientation: Orientation, fuse: bool
     """Returns the parameters of the two-layer Llama of conftest, from its tensors."""
     first = orientation is Orientation.IN_OUT
     expected = {
-        "embedding": tensors["model.embed_tokens.weight"],
+        "embedding.values": tensors["model.embed_tokens.weight"],
         "head.values": tensors["lm_head.weight"],
         "final_norm.scale": tensors["model.norm.weight"],
     }
@@ -107,7 +107,7 @@ def test_dtypes_are_cast_to_nearest(make, stored: str, wanted: str):
     params = load_params(info, Model(info.config, Declare(wanted)))
     tensor = checkpoint.tensors["model.embed_tokens.weight"]
     expected = jnp.asarray(tensor).astype(wanted)
-    np.testing.assert_array_equal(bits(params["embedding"]), bits(expected))
+    np.testing.assert_array_equal(bits(params["embedding"]["values"]), bits(expected))
 
 
 def test_a_value_too_large_for_float16_is_refused(make):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jaxserve.pallas_kernels import BACKENDS, resolve
-from jaxserve.pallas_kernels.int8_matmul.reference import quantized_rows
+from jaxserve.pallas_kernels.int8_matmul import Mode
+from jaxserve.pallas_kernels.int8_matmul.reference import scaled_rows
 
 SHAPES = [((7,), (5,)), ((70,), (3, 5)), ((2, 33), (7,)), ((2, 3), (5, 4)), ((1,), (1,))]
 TOKENS = 3
@@ -18,7 +19,9 @@ TOKENS = 3
 
 @pytest.fixture(params=BACKENDS)
 def int8_matmul(request: pytest.FixtureRequest) -> Callable[..., jax.Array]:
-    return jax.jit(resolve("int8_matmul", request.param), static_argnums=(3, 4, 5, 6))
+    return jax.jit(
+        resolve("int8_matmul", request.param), static_argnums=(3, 4, 5), static_argnames="mode"
+    )
 
 
 def operands(
@@ -59,7 +62,9 @@ def test_weights_alone_lose_nothing_beyond_their_own_rounding(
 ) -> None:
     x, w, scales = operands(inputs, outputs, dtype)
     n = len(inputs)
-    found = int8_matmul(x, stored(w, n, orientation), scales, n, orientation, "float32", False)
+    found = int8_matmul(
+        x, stored(w, n, orientation), scales, n, orientation, "float32", mode=Mode.W8A16
+    )
     assert found.shape == (TOKENS, *outputs)
     error = np.abs(np.asarray(found) - exact(x, w, scales, n))
     largest = np.abs(x.astype(np.float32)).reshape(TOKENS, -1).max(1)
@@ -79,7 +84,9 @@ def test_rounded_rows_are_summed_exactly(
 ) -> None:
     x, w, scales = operands(inputs, outputs, ml_dtypes.bfloat16)
     n = len(inputs)
-    found = int8_matmul(x, stored(w, n, orientation), scales, n, orientation, "float32", True)
+    found = int8_matmul(
+        x, stored(w, n, orientation), scales, n, orientation, "float32", mode=Mode.W8A8
+    )
     flat = x.astype(np.float64).reshape(TOKENS, -1)
     unit = np.abs(flat).max(axis=1, keepdims=True) / 127
     rounded = (np.round(flat / unit) * unit).reshape(x.shape)
@@ -89,21 +96,21 @@ def test_rounded_rows_are_summed_exactly(
 
 def test_a_row_of_zeros_gives_zeros(int8_matmul: Callable[..., jax.Array]) -> None:
     _, w, scales = operands((7,), (5,), np.float32)
-    for rows in (False, True):
-        found = int8_matmul(np.zeros((2, 7)), w, scales, 1, "in_out", "bfloat16", rows)
+    for mode in Mode:
+        found = int8_matmul(np.zeros((2, 7)), w, scales, 1, "in_out", "bfloat16", mode=mode)
         assert found.dtype == jnp.bfloat16
         np.testing.assert_array_equal(found.astype(jnp.float32), np.zeros((2, 5)))
 
 
 def test_a_rows_bits_do_not_depend_on_the_others(int8_matmul: Callable[..., jax.Array]) -> None:
     x, w, scales = operands((70,), (15,), ml_dtypes.bfloat16)
-    for rows in (False, True):
-        alone = int8_matmul(x[:2], w, scales, 1, "in_out", "bfloat16", rows)
-        beside = int8_matmul(np.tile(x, (9, 1)), w, scales, 1, "in_out", "bfloat16", rows)
+    for mode in Mode:
+        alone = int8_matmul(x[:2], w, scales, 1, "in_out", "bfloat16", mode=mode)
+        beside = int8_matmul(np.tile(x, (9, 1)), w, scales, 1, "in_out", "bfloat16", mode=mode)
         np.testing.assert_array_equal(alone, beside[:2])
 
 
 def test_rows_round_to_nearest_and_reach_the_largest_value() -> None:
-    rows, scales = quantized_rows(jnp.asarray([[127.0, 0.5, 1.5, -0.4, -127.0]]), 1)
-    assert rows.tolist() == [[127, 0, 2, 0, -127]]
-    assert scales.tolist() == [1.0]
+    rows, factor = scaled_rows(jnp.asarray([[63.5, 0.25, 0.75, -0.2, -63.5]]), 1)
+    assert jnp.round(rows).tolist() == [[127, 0, 2, 0, -127]]
+    assert factor.tolist() == [0.5]
