@@ -4,7 +4,8 @@
     python benchmarks/collectives.py --slice v5e:8x8 --model llama-2-70b --phase decode
 
 Rows are compiled in child processes, one group of rows each, and kept as they come: a run that is
-cut short goes on where it stopped. Rows of other versions of JAX or libtpu are compiled again.
+cut short goes on where it stopped. Kept rows are printed as they are, with the versions of JAX and
+libtpu that they were compiled with; --fresh compiles them again.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ RESULTS = Path(__file__).parent / "results" / "collectives.json"
 SLICES = ("v4:4x4x4", "v5p:4x4x4", "v5e:8x8", "v6e:8x8")
 MODELS = ("palm-540b", "llama-2-70b", "falcon-40b")
 FFN = ("ws1d", "ws2d", "wg-x", "wg-xy", "wg-xyz")
-HEADS = ("heads", "heads-batch", "heads-batch-xy", "batch")
+HEADS = ("heads", "heads-batch", "heads-batch-xy", "batch", "sequence")
 BATCH = 64
 CONTEXT = 1024
 LENGTHS = {"decode": 1, "prefill": 32, "long-prefill": 1024}
@@ -102,6 +103,7 @@ def measure(row: Row) -> dict[str, Any]:
         "argument_bytes": report.argument_bytes,
         "temp_bytes": report.temp_bytes,
         "compile_s": round(report.compile_s, 1),
+        "compile_cpu_s": round(report.cpu_s, 1),
         "versions": versions(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
@@ -142,9 +144,9 @@ def key(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def load(path: Path) -> dict[tuple[str, ...], dict[str, Any]]:
-    """Returns the rows of these versions, by what was compiled."""
+    """Returns the rows that were kept, by what was compiled."""
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
-    return {key(row): row for row in kept if row["versions"] == versions()}
+    return {key(row): row for row in kept}
 
 
 def save(path: Path, found: dict[tuple[str, ...], dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `jaxserve generate | chat | serve | bench | compile | info | convert`.
+"""The command line: `jaxserve generate | chat | serve | plan | bench | compile | info | ...`.
 
 Results go to standard output, everything else to standard error. Exit codes: 0, 1 (failed),
 2 (bad usage). Heavy modules are imported by the command that needs them.
@@ -27,6 +27,8 @@ from jaxserve.mesh_cli import (
     PrefillLayoutOption,
     Sharding,
 )
+from jaxserve.plan_cli import app as plan
+from jaxserve.plan_cli import estimate, max_context
 from jaxserve.serve_cli import serve
 
 if TYPE_CHECKING:
@@ -42,7 +44,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench, name="bench")
+app.add_typer(plan, name="plan")
 app.command()(serve)
+app.command()(estimate)
+app.command(name="max-context")(max_context)
 
 ModelOption = Annotated[
     str,

@@ -29,7 +29,7 @@ class Report:
         planned_bytes: weights, cache and tokens as they are cut.
         argument_bytes, temp_bytes: what the compiler says of arguments and everything else.
         num_heads: query heads that are computed, padding included.
-        compile_s: wall time of tracing and compiling.
+        compile_s, cpu_s: wall and processor time of tracing and compiling.
     """
 
     sizes: Mapping[str, int]
@@ -41,6 +41,7 @@ class Report:
     temp_bytes: int
     num_heads: int
     compile_s: float
+    cpu_s: float
 
     @property
     def exact(self) -> bool:
@@ -64,9 +65,9 @@ class Report:
 def check(job: Job, on: Slice) -> Report:
     """Returns what a TPU's compiler makes of a step, beside the plan."""
     config = padded(job.config, job.padding(on.sizes))
-    began = time.perf_counter()
+    began = time.perf_counter(), time.process_time()
     program = compiled(lower(job, on.mesh()))
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - began[0], time.process_time() - began[1]
     text = program.as_text()
     memory = program.memory_analysis()
     assert text is not None and memory is not None
@@ -79,5 +80,5 @@ def check(job: Job, on: Slice) -> Report:
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
         config.layers[0].attention.num_heads,
-        seconds,
+        *seconds,
     )

@@ -180,8 +180,9 @@ def _cache(job: Job, program: Program) -> tuple[Any, Any]:
     local = jax.eval_shape(partial(_empty, job, program))
     assert isinstance(program.comm, MeshComm)
     lies, sizes = program.comm.placement(Stage.QUERY), dict(program.comm.sizes)
-    rows = 1 if job.store is Store.SLAB else 0
-    entries = [None] * rows + [lies.tokens or None, lies.features or None]
+    entries = [lies.tokens or None, lies.features or None]
+    if job.store is Store.SLAB:
+        entries = [None, *entries, job.phase.stripes or None]
 
     def spec(leaf: Any) -> PartitionSpec:
         return PartitionSpec(*entries) if leaf.ndim > 2 else PartitionSpec()

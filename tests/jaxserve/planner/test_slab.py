@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import Array
 
 from jaxserve.config import (
     Activation,
@@ -24,6 +25,7 @@ from jaxserve.layers.param import Declare
 from jaxserve.layers.step import Step
 from jaxserve.pallas_kernels import kernel_set
 from jaxserve.partitioning.collectives import LocalComm
+from jaxserve.partitioning.stripe import Stripe
 from jaxserve.planner.slab import SlabCache
 from jaxserve.serving.generation import Program, Prompts, decode_step, prefill
 
@@ -76,5 +78,36 @@ def test_what_a_slab_cannot_hold_is_refused():
     sinks = AttentionSpec(4, 4, 8, window=4, sink_tokens=1)
     with pytest.raises(UnsupportedError, match="no streaming cache"):
         begun.attend(at, x, x, x, sinks, kernel_set("xla"))
-    with pytest.raises(UnsupportedError, match="not cut along its sequences"):
-        begun.attend(at, x, x, x, AttentionSpec(4, 4, 8), kernel_set("xla"), stripe=object())
+
+
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_sequences_in_pieces_give_what_whole_ones_give(soft_cap):
+    spec = AttentionSpec(4, 2, 8, soft_cap=soft_cap)
+    at, kernels = At(0, jnp.int32(0)), kernel_set("xla")
+    lengths = jnp.array([5, 2, 4], jnp.int32)
+    places = jnp.broadcast_to(jnp.arange(5), (3, 5))
+    first = jnp.where(places < lengths[:, None], places, -1)
+    steps = [first, *(lengths[:, None] + later for later in range(3))]
+
+    def attended(slots: int, stripe: Stripe | None) -> list[Any]:
+        empty = jnp.zeros((1, 3, 2, slots, 8))
+        cache, found = SlabCache((empty,), (empty,)), []
+        for number, positions in enumerate(steps):
+            q, k, v = (
+                jax.random.normal(jax.random.key(10 * number + i), (positions.size, heads, 8))
+                for i, heads in enumerate((4, 2, 2))
+            )
+            flat = positions.reshape(-1)
+            out, cache = cache.begin(Step(flat, flat, flat)).attend(
+                at, q, k, v, spec, kernels, stripe=stripe
+            )
+            found.append(jnp.where(flat[:, None, None] >= 0, out, 0))
+        return found
+
+    def share(index: Array) -> list[Any]:
+        return attended(4, Stripe(3, index, ("x",)))
+
+    merged = jax.vmap(share, axis_name="x")(jnp.arange(3))
+    for whole, pieces in zip(attended(12, None), merged, strict=True):
+        for piece in pieces:  # on every device
+            np.testing.assert_allclose(piece, whole, rtol=2e-5, atol=2e-5)

@@ -1,0 +1,47 @@
+"""The architecture that a plan is for: a name, a config.json or a checkpoint; no weights are read.
+
+plan_config("palm-540b"); plan_config("DIR"); plan_config("DIR/config.json")
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from jaxserve.checkpoint.locate import EMBEDDED, locate
+from jaxserve.config import ModelConfig
+from jaxserve.errors import ConfigError, JaxserveError, UsageError
+from jaxserve.models.family import family_for
+from jaxserve.models.named import model_names, named_config
+
+
+def plan_config(model: str | Path | ModelConfig) -> ModelConfig:
+    """Returns an architecture.
+
+    Raises:
+        UsageError: there is no such name and no such file.
+        ConfigError: config.json lacks a field, or has one that is not known.
+        UnsupportedError: the family is not supported, a mixture of experts for one.
+    """
+    if isinstance(model, ModelConfig):
+        return model
+    if str(model) in model_names():
+        return named_config(str(model))
+    path = locate(model) if str(model) in EMBEDDED else Path(model).expanduser()
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        raise UsageError(
+            f"model {str(model)!r} is not known: it is no file, no directory with a config.json, "
+            f"and none of {', '.join([*EMBEDDED, *model_names()])}"
+        )
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} is no JSON object; give a model's config.json")
+    try:
+        return family_for(fields).config(fields)
+    except JaxserveError as error:
+        raise type(error)(f"{path}: {error}") from error

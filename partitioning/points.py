@@ -1,0 +1,150 @@
+"""Deployments that a search has priced, as columns.
+
+No JAX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxserve.partitioning.demand import Serving
+from jaxserve.partitioning.hardware import ChipSlice
+from jaxserve.partitioning.layout import PhaseLayout
+from jaxserve.partitioning.memory import Kept
+from jaxserve.partitioning.network import Network
+from jaxserve.partitioning.plan import MeshPlan
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to lay a model on a slice.
+
+    Attributes:
+        replicas: copies of the model side by side; of those that decode, where prefill is apart.
+        part: the chips of one.
+        network: its mesh.
+        prefill, decode: layouts.
+        kept: dtypes.
+        serving: whether prefill has chips of its own.
+        prefill_replicas, prefill_network: those, where it has.
+    """
+
+    replicas: int
+    part: ChipSlice
+    network: Network
+    prefill: PhaseLayout
+    decode: PhaseLayout
+    kept: Kept
+    serving: Serving
+    prefill_replicas: int = 0
+    prefill_network: Network | None = None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Returns the devices along x, y and z."""
+        return dict(self.network.sizes)
+
+    @property
+    def mesh(self) -> MeshPlan:
+        """Returns the mesh of a replica."""
+        return MeshPlan(**self.sizes)
+
+    @property
+    def prefill_part(self) -> ChipSlice:
+        """Returns the chips of a replica that prefills."""
+        return (self.prefill_network or self.network).on
+
+    @property
+    def prefill_sizes(self) -> dict[str, int]:
+        """Returns the devices along x, y and z of a replica that prefills."""
+        return dict((self.prefill_network or self.network).sizes)
+
+    def not_run(self) -> list[str]:
+        """Returns what the runtime does not do yet, in words; nothing where it runs as it is."""
+        found = []
+        dtypes = {self.kept.weights.name, self.kept.kv.name}
+        if not dtypes <= {"bfloat16"} and not dtypes <= {"float32"}:
+            found.append(
+                f"weights in {self.kept.weights.name} and keys and values in {self.kept.kv.name}"
+            )
+        if self.serving is Serving.DISAGGREGATED:
+            found.append("prefill on chips of its own")
+        return found
+
+    def __str__(self) -> str:
+        phases = str(self.decode)
+        if self.prefill != self.decode:
+            phases = f"prefill {self.prefill.ffn}, decode {self.decode}"
+        where = f"{self.part.name} as {self.mesh}"
+        if self.serving is Serving.DISAGGREGATED:
+            phases = f"prefill {self.prefill}, decode {self.decode}"
+            sizes = "x".join(map(str, self.prefill_sizes.values()))
+            prefills = f"{self.prefill_replicas} x {self.prefill_part.name} as {sizes}"
+            return f"{phases}, prefill on {prefills}, decode on {self.replicas} x {where}"
+        return (
+            f"{phases} on {self.replicas} x {where}"
+            if self.replicas > 1
+            else (f"{phases} on {where}")
+        )
+
+
+@dataclass(frozen=True)
+class Points:
+    """Columns of deployments.
+
+    Attributes:
+        options: what they are ways to run.
+        option: index of each into `options`.
+        free: bytes left on a device; below zero where it does not fit.
+        batch, group, chunk: see `search.Candidate`.
+        ttft_s, tpot_s: likewise.
+        rate: requests per second of the whole slice.
+    """
+
+    options: tuple[Option, ...]
+    option: np.ndarray
+    free: np.ndarray
+    batch: np.ndarray
+    group: np.ndarray
+    chunk: np.ndarray
+    ttft_s: np.ndarray
+    tpot_s: np.ndarray
+    rate: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        option: Option,
+        free: np.ndarray,
+        batch: np.ndarray,
+        group: np.ndarray,
+        chunk: np.ndarray,
+        ttft_s: np.ndarray,
+        tpot_s: np.ndarray,
+        rate: np.ndarray,
+    ) -> Points:
+        """Returns the points of one option, from arrays of one shape."""
+        columns = [np.ravel(one) for one in (free, batch, group, chunk, ttft_s, tpot_s, rate)]
+        return cls((option,), np.zeros(len(columns[0]), np.int64), *columns)
+
+    @property
+    def count(self) -> int:
+        """Returns the deployments."""
+        return len(self.option)
+
+
+def joined(parts: Iterable[Points]) -> Points:
+    """Returns all points as one."""
+    every = list(parts)
+    if not every:
+        return Points((), *(np.zeros(0, np.int64) for _ in range(8)))
+    starts = np.cumsum([0, *(len(one.options) for one in every)])
+    option = np.concatenate(
+        [one.option + start for one, start in zip(every, starts[:-1], strict=True)]
+    )
+    names = ("free", "batch", "group", "chunk", "ttft_s", "tpot_s", "rate")
+    columns = [np.concatenate([getattr(one, name) for one in every]) for name in names]
+    return Points(tuple(o for one in every for o in one.options), option, *columns)
