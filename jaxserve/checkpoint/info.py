@@ -115,7 +115,7 @@ def inspect(path: str | Path) -> CheckpointInfo:
         if listing.quantize is not None:
             quantize, unrounded_dtype = listing.quantize, listing.dtype
     else:
-        found = hf.tensor_table(directory)
+        found = family.full_names(hf.tensor_table(directory))
         tensors = used_tensors(directory, family, family.sources(config), found)
         ignored = tuple(name for name in found if name not in tensors)
     return CheckpointInfo(

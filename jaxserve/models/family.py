@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,7 +14,25 @@ from jaxserve.config import ModelConfig
 from jaxserve.errors import ConfigError, UnsupportedError
 from jaxserve.models.fields import Fields
 
-MODULES = ("llama", "gemma2", "falcon", "palm")
+T = TypeVar("T")
+
+MODULES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "falcon",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "bloom",
+    "mpt",
+    "palm",
+)
 """Modules of this package that hold a `FAMILY`."""
 
 
@@ -49,6 +67,7 @@ class Family:
         read: fields of config.json -> configuration.
         sources: configuration -> logical name of every weight -> where it comes from.
         ignorable: patterns of tensor names that carry no weights of their own.
+        base: how all names begin, but for those of a model saved without its head.
     """
 
     name: str
@@ -57,6 +76,7 @@ class Family:
     read: Callable[[Fields], ModelConfig]
     sources: Callable[[ModelConfig], dict[str, Source]]
     ignorable: tuple[str, ...] = ()
+    base: str = ""
 
     def config(self, hf: Mapping[str, Any]) -> ModelConfig:
         """Returns the architecture that a config.json describes.
@@ -69,6 +89,11 @@ class Family:
         config = self.read(fields)
         fields.finish()
         return config
+
+    def full_names(self, tensors: Mapping[str, T]) -> dict[str, T]:
+        """Returns a checkpoint's tensors by the names that they have in a model with its head."""
+        whole = not self.base or any(name.startswith(self.base) for name in tensors)
+        return {name if whole else self.base + name: one for name, one in tensors.items()}
 
     def ignored(self, name: str) -> bool:
         """Returns whether a tensor that is no weight's source may stand in a checkpoint.

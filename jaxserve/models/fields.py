@@ -114,6 +114,13 @@ class Fields:
             raise self._wrong(name, value, "a positive integer")
         return value
 
+    def count(self, name: str, default: int) -> int:
+        """Returns a whole number of at least 0."""
+        value = self._take(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise self._wrong(name, value, "a whole number of at least 0")
+        return value
+
     def number(self, name: str, default: float | None = None) -> float:
         """Returns a positive finite number; without a default the field is required."""
         value = self._take(name, default)

@@ -32,6 +32,7 @@ def read_rope(
     max_positions: int,
     theta: float = DEFAULT_THETA,
     partial: float | None = None,
+    original: int | None = None,
 ) -> tuple[RopeSpec, int]:
     """Returns (the rotary embedding, the context in tokens that it reaches).
 
@@ -43,21 +44,30 @@ def read_rope(
         theta: base of the frequencies where the config says nothing.
         partial: part of a head that turns where the config says nothing; None means that whole
             heads do, whatever it says.
+        original: context before `longrope` where the object with its parameters does not say it.
     """
     table = _table(fields)
     rotary_dim = int(head_dim * _partial(fields, table, partial))
     if table is None:
         return RopeSpec(rotary_dim, fields.number("rope_theta", theta)), max_positions
     theta = _theta(fields, table, theta)
-    found = rope_of_table(table, rotary_dim, theta, max_positions)
+    found = rope_of_table(table, rotary_dim, theta, max_positions, original)
     table.finish()
     return found
 
 
 def rope_of_table(
-    table: Fields, rotary_dim: int, theta: float, max_positions: int
+    table: Fields,
+    rotary_dim: int,
+    theta: float,
+    max_positions: int,
+    original: int | None = None,
 ) -> tuple[RopeSpec, int]:
-    """Returns what `read_rope` does, of the object that holds the parameters."""
+    """Returns what `read_rope` does, of the object that holds the parameters.
+
+    Args:
+        original: see `read_rope`.
+    """
     scaling = table.choice(_kind_field(table), "default", SCALINGS)
     context = max_positions
     match scaling:
@@ -74,7 +84,7 @@ def rope_of_table(
             values = _yarn(table, max_positions)
             context = max(max_positions, int(values["original_context_tokens"] * values["factor"]))
         case RopeScaling.LONGROPE:
-            values = _longrope(table, max_positions)
+            values = _longrope(table, max_positions, original)
     return RopeSpec(rotary_dim, theta, scaling=scaling, **values), context
 
 
@@ -151,9 +161,9 @@ def _yarn(table: Fields, max_positions: int) -> dict[str, Any]:
     }
 
 
-def _longrope(table: Fields, max_positions: int) -> dict[str, Any]:
+def _longrope(table: Fields, max_positions: int, original: int | None) -> dict[str, Any]:
     """Source: Ding et al. 2024, section 3.3 and, for the factor of attention, its equation 7."""
-    original = table.integer("original_max_position_embeddings")
+    original = table.integer("original_max_position_embeddings", original)
     factor = table.number("factor", max_positions / original)
     implied = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     return {

@@ -91,6 +91,34 @@ def rope(**values: Any) -> dict[str, Any]:
     return {"rope_theta": 10_000.0} | values
 
 
+def dense(config: str, **values: Any) -> Case:
+    """Returns a case of a family whose fields are named as Llama's."""
+    common = {"vocab_size": 61, "intermediate_size": 28, "max_position_embeddings": 64}
+    tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    return Case(config, common | tokens | {"num_hidden_layers": 2} | values)
+
+
+def opt(**values: Any) -> Case:
+    common = {"vocab_size": 61, "num_hidden_layers": 2, "ffn_dim": 44}
+    positions = {"max_position_embeddings": 64, "dropout": 0.0}
+    tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    return Case("OPT", common | positions | tokens | values)
+
+
+GPT2 = {
+    "vocab_size": 61,
+    "n_positions": 64,
+    "n_layer": 2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.2],
+    "long_factor": [1.0, 2.5, 4.0, 9.0],
+}
+
 CASES = {
     # As plain as it gets: three heads with keys of their own.
     "llama-mha": llama(hidden_size=24, num_attention_heads=3),
@@ -201,6 +229,133 @@ CASES = {
             "tie_word_embeddings": False,
         },
     ),
+    # The window is shorter than either prompt.
+    "mistral": dense(
+        "Mistral",
+        hidden_size=27,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=4,
+    ),
+    # One layer sees all, the two above it a window.
+    "qwen2": dense(
+        "Qwen2",
+        hidden_size=30,
+        num_hidden_layers=3,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        use_sliding_window=True,
+        sliding_window=5,
+        max_window_layers=1,
+    ),
+    "qwen3": dense(
+        "Qwen3",
+        hidden_size=27,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=10,
+        tie_word_embeddings=True,
+    ),
+    "qwen3-bias": dense(
+        "Qwen3",
+        hidden_size=28,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=8,
+        attention_bias=True,
+    ),
+    # Both prompts end before the original context.
+    "phi3": dense(
+        "Phi3",
+        hidden_size=40,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        original_max_position_embeddings=50,
+        rope_parameters=LONGROPE | {"original_max_position_embeddings": 50},
+    ),
+    # Both begin after it; a part of each head turns; the window is shorter than either.
+    "phi3-long": dense(
+        "Phi3",
+        hidden_size=36,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        original_max_position_embeddings=5,
+        sliding_window=7,
+        rope_parameters=LONGROPE
+        | {"original_max_position_embeddings": 5, "partial_rotary_factor": 0.67},
+    ),
+    "gemma": dense(
+        "Gemma", hidden_size=27, num_attention_heads=3, num_key_value_heads=1, head_dim=10
+    ),
+    # config.json as the first release wrote it.
+    "gemma-mha": Case(
+        "Gemma",
+        dense("Gemma", hidden_size=24, num_attention_heads=3, head_dim=8).values
+        | {"num_key_value_heads": 3},
+        rewrite={"hidden_act": "gelu", "rope_parameters": None, "rope_theta": 10_000.0},
+    ),
+    # Two layers with windows of 5 to one without, which turns by another base, stretched.
+    "gemma3": dense(
+        "Gemma3Text",
+        hidden_size=27,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=10,
+        sliding_window=5,
+        query_pre_attn_scalar=7,
+        layer_types=[f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding")],
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5_000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    ),
+    "gpt2": Case("GPT2", GPT2 | {"n_embd": 30, "n_head": 5}),
+    # As published without its head: no prefix, and masks beside the weights.
+    "gpt2-scaled": Case(
+        "GPT2",
+        GPT2
+        | {
+            "n_embd": 27,
+            "n_head": 3,
+            "n_inner": 44,
+            "n_layer": 3,
+            "scale_attn_by_inverse_layer_idx": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gpt_neox": dense("GPTNeoX", hidden_size=40, num_attention_heads=5),
+    # Serial blocks, no biases on attention; older spellings.
+    "gpt_neox-serial": Case(
+        "GPTNeoX",
+        dense("GPTNeoX", hidden_size=36, num_attention_heads=3).values
+        | {
+            "use_parallel_residual": False,
+            "attention_bias": False,
+            "rope_parameters": rope(rope_type="default", partial_rotary_factor=0.5),
+        },
+        rewrite={"rope_parameters": None, "rotary_pct": 0.5, "rotary_emb_base": 10_000},
+    ),
+    "opt": opt(hidden_size=30, num_attention_heads=5),
+    # As the 350M: norms behind the sums, none at the end, embeddings of another width.
+    "opt-sums": opt(
+        hidden_size=27,
+        num_attention_heads=3,
+        do_layer_norm_before=False,
+        word_embed_proj_dim=20,
+    ),
+    "bloom": Case(
+        "Bloom",
+        {"vocab_size": 61, "hidden_size": 30, "n_layer": 2, "n_head": 5}
+        | {"bos_token_id": None, "eos_token_id": None},
+    ),
+    # Clipped low, so that it shows; heads that are no power of two.
+    "mpt": Case(
+        "Mpt",
+        {"vocab_size": 61, "d_model": 36, "n_layers": 2, "n_heads": 9, "max_seq_len": 64}
+        | {"attn_config": {"clip_qkv": 0.5}},
+    ),
     "falcon-7b": Case("Falcon", FALCON | {"hidden_size": 30, "num_attention_heads": 5}),
     "falcon-40b": Case(
         "Falcon",
@@ -255,10 +410,10 @@ def randomise(model: transformers.PreTrainedModel, seed: int) -> None:
                 is_norm = name.endswith("weight")
                 centre = round(float(parameter.mean())) if is_norm else 0.0
                 parameter.copy_(centre + 0.3 * noise)
-            elif "embed" in name:
+            elif "embed" in name or ".wte." in name or ".wpe." in name:
                 parameter.copy_(noise * embedding)
             else:
-                parameter.copy_(noise * 1.5 / math.sqrt(parameter.shape[1]))
+                parameter.copy_(noise * 1.5 / math.sqrt(parameter.shape[-1]))
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:

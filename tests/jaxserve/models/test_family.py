@@ -5,11 +5,21 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.config import Activation, AlibiSpec, BlockKind, ModelConfig, NormKind
+from jaxserve.config import (
+    Activation,
+    AlibiSpec,
+    BlockKind,
+    ModelConfig,
+    NormKind,
+    RopeScaling,
+    RopeSpec,
+)
 from jaxserve.errors import ConfigError, UnsupportedError
+from jaxserve.layers.rope import rotation
 from jaxserve.models.family import families, family_for, family_named
 
 LLAMA: dict[str, Any] = {
@@ -37,6 +47,18 @@ FALCON = {
 }
 PALM = LLAMA | {"architectures": ["PaLMForCausalLM"], "model_type": "palm"}
 MINIMAL = {"llama": LLAMA, "gemma2": GEMMA2, "falcon": FALCON, "palm": PALM}
+MINIMAL |= {
+    model_type.removesuffix("_text"): LLAMA
+    | {"architectures": [f"{name}ForCausalLM"], "model_type": model_type, "num_key_value_heads": 1}
+    for model_type, name in {
+        "mistral": "Mistral",
+        "qwen2": "Qwen2",
+        "qwen3": "Qwen3",
+        "phi3": "Phi3",
+        "gemma": "Gemma",
+        "gemma3_text": "Gemma3",
+    }.items()
+}
 
 
 def read(hf: dict[str, Any]) -> ModelConfig:
@@ -79,8 +101,8 @@ def test_contradicting_names_are_refused() -> None:
 
 
 def test_an_unknown_family_is_refused_with_the_supported_ones() -> None:
-    with pytest.raises(UnsupportedError, match=r"'opt'.*llama, gemma2, falcon, palm"):
-        family_named("opt")
+    with pytest.raises(UnsupportedError, match=r"'mamba'.*llama, mistral, .*falcon, .*palm"):
+        family_named("mamba")
 
 
 @pytest.mark.parametrize("name", MINIMAL)
@@ -120,6 +142,13 @@ def test_a_missing_field_is_refused_by_name(name: str, field: str) -> None:
             {"alibi": True, "rope_scaling": {"type": "linear", "factor": 2.0}},
             "'linear' with alibi=True",
         ),
+        (
+            MINIMAL["mistral"],
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "rope_parameters.partial_rotary_factor=0.5 is not supported",
+        ),
+        (MINIMAL["gemma3"], {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        (MINIMAL["phi3"], {"attention_bias": True}, "attention_bias=True is not supported"),
         (PALM, {"tie_word_embeddings": False}, "tie_word_embeddings=False is not supported"),
         (PALM, {"norm_type": "batch_norm"}, "norm_type='batch_norm'.*rms_norm, layer_norm"),
     ],
@@ -148,6 +177,22 @@ def test_an_unsupported_value_is_refused_by_name(
         (GEMMA2, {"layer_types": ["full_attention", "x"]}, "layer_types=.*sliding_attention"),
         (GEMMA2, {"sliding_window": None}, "sliding_window is null"),
         (FALCON, {"num_attention_heads": 5}, "num_attention_heads=5 does not divide"),
+        (
+            MINIMAL["qwen2"],
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types has 'sliding_attention', but sliding_window is null",
+        ),
+        (
+            MINIMAL["phi3"],
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+            "rope_scaling.original_max_position_embeddings is missing",
+        ),
+        (
+            MINIMAL["phi3"] | {"original_max_position_embeddings": 8},
+            {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}},
+            "1 short and 1 long factors.*rotary_dim=8 needs 4 of each",
+        ),
+        (MINIMAL["phi3"], {"partial_rotary_factor": -1}, "partial_rotary_factor=-1 must be"),
     ],
 )
 def test_an_inconsistent_config_is_refused_by_name(
@@ -196,6 +241,68 @@ def test_gemma2_slides_in_every_other_layer_unless_it_says_otherwise() -> None:
 def test_gemma2_null_turns_a_cap_off() -> None:
     assert read(GEMMA2).logits_soft_cap == 30.0
     assert read(GEMMA2 | {"final_logit_softcapping": None}).logits_soft_cap is None
+
+
+def test_mistral_slides_in_every_layer_unless_the_window_is_null() -> None:
+    def windows(**changes: Any) -> set[int | None]:
+        return {layer.attention.window for layer in read(MINIMAL["mistral"] | changes).layers}
+
+    assert windows() == {4096}
+    assert windows(sliding_window=7) == {7}
+    assert windows(sliding_window=None) == {None}
+
+
+def test_qwen_2_slides_in_upper_layers_only_where_it_is_told_to() -> None:
+    four = MINIMAL["qwen2"] | {"num_hidden_layers": 4, "max_window_layers": 3}
+    assert {layer.attention.window for layer in read(four).layers} == {None}
+    told = read(four | {"use_sliding_window": True, "sliding_window": 8})
+    assert [layer.attention.window for layer in told.layers] == [None, None, None, 8]
+    attention = told.layers[0].attention
+    assert attention.qkv_bias and not attention.out_bias
+
+
+def test_qwen_3_norms_heads_of_a_size_of_their_own() -> None:
+    attention = read(MINIMAL["qwen3"]).layers[0].attention
+    assert attention.head_dim == 128
+    assert attention.qk_norm == read(MINIMAL["qwen3"]).final_norm
+
+
+def test_gemma_means_the_approximation_where_it_says_gelu() -> None:
+    def activation(**changes: Any) -> Activation:
+        return read(MINIMAL["gemma"] | changes).layers[0].mlp.activation
+
+    assert activation() is activation(hidden_act="gelu") is Activation.GELU_TANH
+    assert activation(hidden_act="gelu", hidden_activation="relu") is Activation.RELU
+
+
+def test_gemma_3_has_a_rotation_for_each_kind_of_layer() -> None:
+    older = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_local_base_freq": 20.0}
+    newer = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+    }
+    config = read(MINIMAL["gemma3"] | older | {"num_hidden_layers": 12})
+    assert config == read(MINIMAL["gemma3"] | {"rope_parameters": newer, "num_hidden_layers": 12})
+    kinds = [layer.attention for layer in config.layers]
+    assert [a.window for a in kinds] == ([4096] * 5 + [None]) * 2
+    local, whole = kinds[0].rope, kinds[5].rope
+    assert local == RopeSpec(256, 20.0)
+    assert whole == RopeSpec(256, 1e6, scaling=RopeScaling.LINEAR, factor=8.0)
+
+
+def test_longrope_turns_by_the_length_of_the_sequence() -> None:
+    table = {"type": "su", "short_factor": [1.0, 2, 3, 4], "long_factor": [5.0, 6, 7, 8]}
+    extra = {"original_max_position_embeddings": 64, "max_position_embeddings": 128}
+    rope = read(MINIMAL["phi3"] | extra | {"rope_scaling": table}).layers[0].attention.rope
+    assert rope is not None and rope.by_length
+    assert (rope.short_factors, rope.long_factors) == ((1, 2, 3, 4), (5, 6, 7, 8))
+    assert rope.attention_factor == pytest.approx(math.sqrt(1 + math.log(2) / math.log(64)))
+    plain = 10_000.0 ** -(np.arange(4) / 4)
+    lengths = jnp.array([64, 65])
+    cos, _ = rotation(rope, jnp.array([3, 3]), lengths)
+    for row, factors in enumerate((rope.short_factors, rope.long_factors)):
+        wanted = np.cos(3 * plain / np.asarray(factors)) * rope.attention_factor
+        np.testing.assert_allclose(cos[row, 0], wanted, rtol=1e-6)
 
 
 def test_falcon_variants_differ_in_block_norms_and_heads() -> None:
