@@ -22,6 +22,7 @@ BACKENDS = ("xla", "reference")
 
 FOLDERS = {
     "matmul": "matmul",
+    "ragged_matmul": "ragged_matmul",
     "int8_matmul": "int8_matmul",
     "attention": "attention",
     "init_pages": "paged_attention",
@@ -39,6 +40,7 @@ class KernelSet:
     Attributes:
         backend: name they were resolved for.
         matmul: see `matmul.reference`.
+        ragged_matmul: see `ragged_matmul.reference`.
         int8_matmul: see `int8_matmul.reference`.
         attention: see `attention.reference`.
         init_pages, write_pages, copy_pages, paged_attention: see `paged_attention.reference`.
@@ -46,6 +48,7 @@ class KernelSet:
 
     backend: str
     matmul: Callable[..., Array]
+    ragged_matmul: Callable[..., Array]
     int8_matmul: Callable[..., Array]
     attention: Callable[..., Array]
     init_pages: Callable[..., Any]
