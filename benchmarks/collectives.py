@@ -100,6 +100,7 @@ def measure(row: Row) -> dict[str, Any]:
         **({} if report.exact else {"full_tensor_bytes_compiled": named["compiled"]}),
         "copies": list(report.copies),
         "planned_bytes": report.planned_bytes,
+        "gathered_bytes": report.gathered_bytes,
         "argument_bytes": report.argument_bytes,
         "temp_bytes": report.temp_bytes,
         "compile_s": round(report.compile_s, 1),

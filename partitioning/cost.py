@@ -147,6 +147,24 @@ def mlp_collectives(
     return list(_mlp(layer, embed_dim, _Meter(phase, sizes, step.dtype, step.tokens)))
 
 
+def gathered_bytes(
+    config: ModelConfig, phase: PhaseLayout, sizes: dict[str, int], dtype: str = "bfloat16"
+) -> int:
+    """Returns the bytes of a layer's weights as they are gathered, every step on the way counted.
+
+    A program that gathers ahead holds all of it at once, beside weights and cache.
+    """
+    meter = _Meter(phase, sizes, dtype, tokens=0)
+    return max(
+        sum(
+            one.bytes
+            for weights in (_attention_weights, _mlp_weights)
+            for one in weights(layer, config.embed_dim, meter)
+        )
+        for layer in config.pattern
+    )
+
+
 @dataclass(frozen=True)
 class _Part:
     """A result of the first projections: features in all, target, key and value heads."""

@@ -201,7 +201,7 @@ def _walk(
     lines = program.computations[name].lines
     for line in lines.values():
         if (kind := _kind(line)) is not None:
-            if not (fused and _channel(line) in started and not _is_start(lines)):
+            if not (fused and _channel(line) in started and not is_start(lines)):
                 yield from _read(line, kind, where, sizes)
             continue
         if line.op == "fusion" and (one := _scatter_inside(program, line)) is not None:
@@ -225,13 +225,14 @@ def _started(program: Program) -> frozenset[str]:
     return frozenset(
         _channel(line)
         for computation in program.computations.values()
-        if _is_start(computation.lines)
+        if is_start(computation.lines)
         for line in computation.lines.values()
         if _kind(line) is not None
     )
 
 
-def _is_start(lines: Mapping[str, Instruction]) -> bool:
+def is_start(lines: Mapping[str, Instruction]) -> bool:
+    """Returns whether a computation starts a collective that goes on beside other work."""
     return any("AsyncCollectiveStart" in one.rest for one in lines.values())
 
 

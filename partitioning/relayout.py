@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jaxserve.partitioning.cost import Where
-from jaxserve.partitioning.hlo import Computation, Instruction, Program, Shape, parse
+from jaxserve.partitioning.hlo import Instruction, Program, Shape, is_start, parse
 
 LEAST_BYTES = 2**20
 """Larger copies count: smaller ones cost less than a step's own overheads."""
@@ -102,17 +102,23 @@ def _is_copy(program: Program, frame: _Frame, line: Instruction) -> bool:
             return False
         turned = turned or own.op in ("copy", "transpose")
         name = own.operands[0]
-    left = line.shapes[0].space == 0 and not _is_sent(program.computations[frame.name], line.name)
+    left = line.shapes[0].space == 0 and not _is_sent(program, frame.name, line.name)
     return own.op == "parameter" and (turned or left)
 
 
-def _is_sent(computation: Computation, name: str) -> bool:
+def _is_sent(program: Program, computation: str, name: str) -> bool:
     """Returns whether collectives alone read a value."""
-    readers = [line for line in computation.lines.values() if name in line.operands]
-    return bool(readers) and all(
-        _is_sent(computation, line.name) if line.op == "bitcast" else line.op.startswith("all-")
-        for line in readers
-    )
+
+    def sends(line: Instruction) -> bool:
+        if line.op == "bitcast":
+            return _is_sent(program, computation, line.name)
+        called = line.called.get("calls", ())
+        starts = any(is_start(program.computations[one].lines) for one in called)
+        return starts or line.op.startswith("all-")
+
+    lines = program.computations[computation].lines.values()
+    readers = [line for line in lines if name in line.operands]
+    return bool(readers) and all(map(sends, readers))
 
 
 def _argument(program: Program, frame: _Frame, name: str) -> int | None:

@@ -11,7 +11,15 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jaxserve.partitioning.cost import Collective, Key, Where, padded, step_collectives, totals
+from jaxserve.partitioning.cost import (
+    Collective,
+    Key,
+    Where,
+    gathered_bytes,
+    padded,
+    step_collectives,
+    totals,
+)
 from jaxserve.partitioning.hlo import collectives
 from jaxserve.partitioning.relayout import relayouts
 from jaxserve.planner.lower import Job, argument_bytes, compiled, lower
@@ -27,6 +35,7 @@ class Report:
         predicted, compiled: bytes of full tensors, see `cost.totals`.
         copies: weights or cache that the program moves about, in words.
         planned_bytes: weights, cache and tokens as they are cut.
+        gathered_bytes: what a layer's gathers of weights give, at most held at once.
         argument_bytes, temp_bytes: what the compiler says of arguments and everything else.
         num_heads: query heads that are computed, padding included.
         compile_s, cpu_s: wall and processor time of tracing and compiling.
@@ -37,6 +46,7 @@ class Report:
     compiled: dict[Key, int]
     copies: tuple[str, ...]
     planned_bytes: int
+    gathered_bytes: int
     argument_bytes: int
     temp_bytes: int
     num_heads: int
@@ -77,6 +87,7 @@ def check(job: Job, on: Slice) -> Report:
         totals(collectives(text, on.sizes)),
         tuple(str(one) for one in relayouts(text)),
         argument_bytes(job, on.sizes),
+        gathered_bytes(config, job.phase, on.sizes, job.dtype),
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
         config.layers[0].attention.num_heads,

@@ -18,6 +18,7 @@ from jaxserve.partitioning.cost import (
     Collective,
     Pass,
     Where,
+    gathered_bytes,
     layer_collectives,
     mlp_collectives,
     step_collectives,
@@ -109,6 +110,17 @@ def test_weights_are_gathered_whole():
         ("all-gather", "yz"): first // 4 + last,
         ("all-gather", "x"): first + last // 16,
     }
+
+
+def test_what_gathers_leave_in_memory():
+    config = ModelConfig("llama", 64, E, (layer(),) * 2, NormSpec(), 64)
+    matrices = E * (2 * HD + 3 * F)  # keys and values have one head, whole on all of y and z
+    # Cut over y and z still, or gathered over them and then over x.
+    over_x = 2 * (matrices // 16 + 2 * E * H)
+    assert gathered_bytes(config, PhaseLayout(Ffn.WG_X, Heads.BATCH), CUBE) == over_x
+    both = 2 * (matrices + 2 * E * H) + 2 * (E * (HD + 2 * F) // 4 + E * (HD + F) // 16)
+    assert gathered_bytes(config, PhaseLayout(Ffn.WG_XYZ, Heads.BATCH), CUBE) == both
+    assert gathered_bytes(config, PhaseLayout(Ffn.WS2D, Heads.BATCH), CUBE) == 0
 
 
 def test_pieces_of_a_sequence_are_merged_in_float32():

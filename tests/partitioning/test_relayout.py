@@ -54,6 +54,14 @@ def test_a_layer_cut_out_to_be_gathered_does_not_count():
     assert found(f"{line}\n  {gathered}", inside) == []
     used = "%u = bf16[1,1024,512]{2,1,0:T(8,128)(2,1)} negate(%k)"
     assert found(f"{line}\n  {gathered}\n  {used}", inside) == [("k", 0, Where.LAYER)]
+    # The same where the gather goes on beside other work.
+    body = (
+        "%p = bf16[1,1024,512]{2,1,0:T(8,128)(2,1)} parameter(0)\n"
+        '  ROOT %c = u32[] custom-call(%p), custom_call_target="AsyncCollectiveStart"'
+    )
+    begun = "%b = u32[] fusion(%k), kind=kCustom, calls=%begin"
+    text = PROGRAM.replace("LINE", f"{line}\n  {begun}").replace("INSIDE", inside)
+    assert relayouts(f"%begin (p: bf16[1,1024,512]) -> u32[] {{\n  {body}\n}}\n\n{text}") == []
 
 
 def test_a_turn_within_a_fusion_counts():
