@@ -65,11 +65,11 @@ class Option:
     def not_run(self) -> list[str]:
         """Returns what the runtime does not do yet, in words; nothing where it runs as it is."""
         found = []
-        dtypes = {self.kept.weights.name, self.kept.kv.name}
-        if not dtypes <= {"bfloat16"} and not dtypes <= {"float32"}:
-            found.append(
-                f"weights in {self.kept.weights.name} and keys and values in {self.kept.kv.name}"
-            )
+        weights, kv = self.kept.weights.name, self.kept.kv.name
+        if weights not in ("bfloat16", "float32", "int8"):
+            found.append(f"weights in {weights}")
+        if kv not in ("bfloat16", "float32"):
+            found.append(f"keys and values in {kv}")
         if self.serving is Serving.DISAGGREGATED:
             found.append("prefill on chips of its own")
         return found

@@ -187,9 +187,20 @@ class Plan(_Shown):
             mesh=option.mesh,
             prefill=option.prefill,
             decode=option.decode,
-            dtypes=Dtypes(option.kept.weights.name, "bfloat16", option.kept.kv.name),
+            dtypes=Dtypes(self._weights, "bfloat16", option.kept.kv.name),
             buckets=Buckets(best.batch, step),
         )
+
+    @property
+    def _weights(self) -> str:
+        """Returns the dtype that weights are multiplied in, which a layout names."""
+        name = self.best.option.kept.weights.name
+        return "bfloat16" if name == "int8" else name
+
+    @property
+    def quantize(self) -> str | None:
+        """Returns what `--quantize` must be beside the layout."""
+        return "int8" if self.best.option.kept.weights.name == "int8" else None
 
     def fields(self) -> dict[str, Any]:
         """Returns the answer as JSON shows it."""

@@ -57,6 +57,7 @@ def manifest(plan: Plan) -> str:
         model=plan.model,
         batch=best.batch,
         step=max(best.chunk * best.group, 512),
+        quantize="" if plan.quantize is None else f"\n            - --quantize={plan.quantize}",
         resource=resource,
         count=per_host,
     )
@@ -107,7 +108,7 @@ spec:
           image: jaxserve:latest
           args:
             - --model={model}
-            - --layout=/layout/layout.json
+            - --layout=/layout/layout.json{quantize}
             - --max-sequences={batch}
             - --max-step-tokens={step}
             - --api-key-file=/keys/keys
@@ -146,14 +147,14 @@ def benchmark_script(plan: Plan) -> str:
         for name, value in (("ttft", demand.ttft_s), ("tpot", demand.tpot_s))
         if value is not None
     ]
+    quantize = "" if plan.quantize is None else f" --quantize {plan.quantize}"
     return f"""#!/bin/sh
 # Measures one copy of {plan.model} ({best.option}), started with
-#   jaxserve serve --model DIR --layout layout.json --max-sequences {best.batch}
-# Estimated of each copy, for {demand.input_tokens} tokens in and {demand.output_tokens} out: \
-{best.tokens_per_s / copies:,.0f} tokens/s,
-# first token {best.ttft_s * 1e3:,.0f} ms, {best.tpot_s * 1e3:,.1f} ms a token. The load has lengths \
-like ShareGPT's, about
-# 220 tokens in and 180 out at --scale 1.
+#   jaxserve serve --model DIR --layout layout.json{quantize} --max-sequences {best.batch}
+# Estimated of each copy, for {demand.input_tokens} tokens in and {demand.output_tokens} out:
+# {best.tokens_per_s / copies:,.0f} tokens/s, first token {best.ttft_s * 1e3:,.0f} ms, \
+{best.tpot_s * 1e3:,.1f} ms a token.
+# The load's lengths are ShareGPT's, 161 tokens in and 338 out on average: --scale changes them.
 set -eu
 URL=${{1:-http://127.0.0.1:8000}}
 jaxserve bench serve --url "$URL" --rate {rate:.3g} --requests {max(32, 4 * best.batch)} \\

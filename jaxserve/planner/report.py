@@ -86,7 +86,7 @@ def html(plan: Plan) -> str:
         title=escape.escape(f"{plan.model} on {found.on}"),
         limits=escape.escape("; ".join(limits)),
         option=escape.escape(str(best.option)),
-        sizes=f"{best.batch} sequences a copy; {best.group} prompts of {best.chunk} tokens in a step",
+        sizes=f"{best.batch} sequences; {best.group} prompts of {best.chunk} tokens in a step",
         warning=warning,
         cards=cards,
         band=f"{steps['decode'].band:.0%}",
@@ -166,7 +166,8 @@ def _draw_terms(axes: Axes, name: str, step: Estimate) -> None:
         label = None if term.part in seen else str(term.part)
         seen.add(term.part)
         if seconds < 0:
-            axes.barh(1, -seconds * 1e3, left=(at + seconds) * 1e3, height=0.25, color="#bbbbbb")
+            left = (at + seconds) * 1e3
+            axes.barh(0.62, -seconds * 1e3, left=left, height=0.2, color="#bbbbbb", label=label)
             continue
         axes.barh(
             0,
@@ -177,14 +178,14 @@ def _draw_terms(axes: Axes, name: str, step: Estimate) -> None:
             linewidth=0.6,
             label=label,
         )
-        if seconds > 0.07 * total:
+        if seconds > 0.12 * total:
             middle = (at + seconds / 2) * 1e3
             axes.annotate(
                 f"{term.name}\n{ms(seconds)}", (middle, 0), ha="center", va="center", fontsize=7
             )
         at += seconds
     axes.set(yticks=[], xlabel="ms", title=f"{name} step: {ms(total)} ± {step.band:.0%}")
-    axes.set_xlim(left=0)
+    axes.set(xlim=(0, None), ylim=(-0.5, 0.8))
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
 

@@ -8,7 +8,7 @@ import pytest
 from jaxserve.errors import UsageError
 from jaxserve.models.named import named_config
 from jaxserve.partitioning.demand import Demand, Objective, Serving, Space
-from jaxserve.partitioning.dtypes import WEIGHTS
+from jaxserve.partitioning.dtypes import KV, WEIGHTS
 from jaxserve.partitioning.hardware import slice_of
 from jaxserve.partitioning.layout import Ffn, Heads, PhaseLayout
 from jaxserve.partitioning.memory import Kept
@@ -146,12 +146,26 @@ def test_latency_and_throughput_are_opposed():
     assert fast.batch < many.batch
 
 
-def test_int8_weights_serve_more_and_are_marked():
-    plain = found(Demand(4000, 500, tpot_s=0.05)).best[0]
-    small = found(Demand(4000, 500, tpot_s=0.05), Space(weights=(WEIGHTS["int8"],))).best[0]
-    assert small.tokens_per_s > plain.tokens_per_s
-    assert plain.option.not_run() == []
-    assert small.option.not_run() == ["weights in int8 and keys and values in bfloat16"]
+def test_smaller_weights_serve_more():
+    rates = [
+        found(Demand(4000, 500, tpot_s=0.05), Space(weights=(WEIGHTS[name],))).best[0].tokens_per_s
+        for name in ("bfloat16", "int8", "int4")
+    ]
+    assert rates == sorted(rates)
+
+
+@pytest.mark.parametrize(
+    ("weights", "kv", "lacking"),
+    [
+        ("bfloat16", "bfloat16", []),
+        ("int8", "bfloat16", []),
+        ("int4", "bfloat16", ["weights in int4"]),
+        ("int8", "int8", ["keys and values in int8"]),
+    ],
+)
+def test_what_the_runtime_lacks_is_said(weights: str, kv: str, lacking: list[str]):
+    space = Space(weights=(WEIGHTS[weights],), kv=(KV[kv],), max_replicas=1)
+    assert found(Demand(1000, 200), space).best[0].option.not_run() == lacking
 
 
 def test_prefill_may_have_chips_of_its_own():

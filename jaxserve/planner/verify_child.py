@@ -1,0 +1,91 @@
+"""Compiles one step, and prints what the compiler made of it: a child process of `verify`.
+
+Standard input is a `verify.Question` as JSON; the last line of standard output is the answer.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import msgspec
+
+from jaxserve.errors import JaxserveError
+from jaxserve.partitioning.cost import Key
+from jaxserve.partitioning.plan import MeshPlan
+from jaxserve.planner.verify import Question
+
+_MEGACORE = "megacore"
+
+
+def answer(question: Question) -> dict[str, Any]:
+    """Returns the compiled step beside its plan."""
+    from jaxserve.planner.check import check
+    from jaxserve.planner.lower import Job
+    from jaxserve.planner.topology import Slice
+
+    plan = MeshPlan(*question.mesh)
+    dtype = "bfloat16" if question.target is not None else "float32"
+    job = Job(
+        question.config,
+        question.phase,
+        batch=question.batch,
+        slots=question.slots,
+        length=question.length,
+        dtype=dtype,
+    )
+    on: Any
+    if question.target is None:
+        on = _Here(plan)
+    else:
+        on = Slice(question.target, plan, _MEGACORE if question.megacore else None)
+    report = check(job, on)
+    return {
+        "predicted": _named(report.predicted),
+        "compiled": _named(report.compiled),
+        "copies": list(report.copies),
+        "planned_bytes": report.planned_bytes,
+        "argument_bytes": report.argument_bytes,
+        "temp_bytes": report.temp_bytes,
+        "compile_s": report.compile_s,
+    }
+
+
+class _Here:
+    """CPU devices in the place of a slice."""
+
+    def __init__(self, plan: MeshPlan) -> None:
+        self.plan = plan
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return dict(self.plan.sizes)
+
+    def mesh(self) -> Any:
+        from jaxserve.partitioning.mesh import make_mesh
+
+        return make_mesh(self.plan)
+
+
+def _named(found: dict[Key, int]) -> dict[str, int]:
+    return {
+        f"{kind} over {' '.join(axes)}, {dtype}, {'a layer' if where == 'layer' else where}": size
+        for (kind, axes, dtype, where), size in found.items()
+    }
+
+
+def main() -> int:
+    """Answers one question; returns the exit status."""
+    question = msgspec.json.decode(sys.stdin.buffer.read(), type=Question)
+    try:
+        found = answer(question)
+    except JaxserveError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    sys.stdout.write(json.dumps(found) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
