@@ -8,6 +8,8 @@ by the engine's own thread. When the socket closes, the process ends.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -160,6 +162,7 @@ class EngineProcess:
         self._enter(None)
         gc.collect()
         gc.freeze()  # what is there now stays; no collection walks it again
+        _give_back_memory()
         made.engine.after_events = self._hand_over
         made.engine.before_start = lambda ids: self._outlet.send(Started(ids))
         made.engine.start()
@@ -305,6 +308,12 @@ def _first_request(engine: Engine) -> None:
     if not events or events[-1].finish_reason == "error":
         raise JaxserveError("the engine cannot serve a first request; its log tells why")
     engine.forget_counts()
+
+
+def _give_back_memory() -> None:
+    """Gives what compiling took and left free back to the system: with glibc about half of it."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def serve(fd: int, build: Build) -> int:

@@ -356,7 +356,7 @@ class RemoteService:
                 self._serve(info, startup_seconds)
             case Phase(name):
                 self._phase = name
-                _log.debug("the engine starts: %s", name)
+                _log.info("the engine starts: %s", name)
             case Failed(error, text):
                 # Anyone may ask after the health, and the text may hold paths.
                 self._trouble = "it cannot be made; the log tells why"
