@@ -250,7 +250,7 @@ class Http:
         frames = text.split("\n\n")
         ends = sum('"finish_reason":"' in frame for frame in frames)
         whole = frames[-2:] == ["data: [DONE]", ""] and ends == body.get("n", 1)
-        return ("answered",) if whole and '"error"' not in text else ("answered", text)
+        return ("answered",) if whole and 'data: {"error"' not in text else ("answered", text)
 
     async def _call(self, path: str, body: Any, rest_s: float = 0.0) -> tuple[int, str]:
         reader, writer = await self._open(path, body)
