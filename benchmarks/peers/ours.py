@@ -23,12 +23,12 @@ from jaxserve.serving.request import Request, SamplingParams, TokenEvent
 class Ours:
     """The engine under `LLM.generate`, token ids in and out."""
 
-    def load(self, model: Path, threads: int) -> dict[str, Any]:
+    def load(self, model: Path, threads: int, quantize: str | None = None) -> dict[str, Any]:
         """Loads the checkpoint; XLA takes one thread per core it may run on."""
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
         began = time.perf_counter()
         options = EngineOptions(prefix_cache=False)
-        llm = jaxserve.load(model, engine=options, show="silent")
+        llm = jaxserve.load(model, quantize=quantize, engine=options, show="silent")
         self.llm = llm
         self.vocab_size = llm.config.vocab_size
         return {

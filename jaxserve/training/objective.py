@@ -24,8 +24,9 @@ def token_losses(model: Model, params: Params, rows: Array) -> Array:
     batch, length = rows.shape[0], rows.shape[1] - 1
     positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
     step = Step(rows[:, :-1].reshape(-1), positions, positions + 1)
-    halved = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    output, _ = forward(model, halved, step, NoCache(batch=batch), LocalComm(), kernel_set())
+    if model.declare.quantize is None:
+        params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    output, _ = forward(model, params, step, NoCache(batch=batch), LocalComm(), kernel_set())
     targets = rows[:, 1:].reshape(-1, 1)
     chosen = jnp.take_along_axis(output.logits, targets, axis=1)[:, 0]
     return (jax.nn.logsumexp(output.logits, axis=-1) - chosen).reshape(batch, length)
