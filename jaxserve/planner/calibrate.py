@@ -84,12 +84,8 @@ class Calibration:
             "gathered": self.gathered,
         }
 
-    def write(self, path: Path) -> None:
-        """Writes a file like `partitioning/hardware.toml`.
-
-        Raises:
-            UsageError: it cannot be written.
-        """
+    def text(self) -> str:
+        """Returns a table like those of `partitioning/hardware.toml`."""
         date = time.strftime("%Y-%m-%d")
         source = f"jaxserve plan calibrate, {date}"
         peak, read = max(rate for _, rate in self.matmul), max(rate for _, rate in self.read)
@@ -113,8 +109,16 @@ class Calibration:
         lines.append(f"[{self.name}.curves]")
         lines.append(f"hbm = {[[float(a), float(f'{b:.4g}')] for a, b in self.read]}")
         lines.append(f"matmul = {[[float(a), float(f'{b:.4g}')] for a, b in self.matmul]}")
+        return "\n".join(lines) + "\n"
+
+    def write(self, path: Path) -> None:
+        """Writes the chip as a file.
+
+        Raises:
+            UsageError: it cannot be written.
+        """
         try:
-            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            path.write_text(self.text(), encoding="utf-8")
         except OSError as error:
             raise UsageError(f"{path} cannot be written: {error}") from error
 
@@ -175,7 +179,7 @@ def _reads(seconds: float) -> tuple[tuple[int, float], ...]:
     points = []
     for size in READ_BYTES:
         x = jax.block_until_ready(jnp.ones(size // 4, jnp.float32))
-        points.append((size, size / _best(lambda x=x: total(x), seconds)))
+        points.append((size, size / best_time(lambda x=x: total(x), seconds)))
     return tuple(points)
 
 
@@ -188,7 +192,7 @@ def _products(seconds: float) -> tuple[tuple[int, float], ...]:
     points = []
     for rows in ROWS:
         x = jax.block_until_ready(jnp.ones((rows, SIDE), jnp.bfloat16))
-        took = _best(lambda x=x: product(x, weight), seconds)
+        took = best_time(lambda x=x: product(x, weight), seconds)
         points.append((rows, 2 * rows * SIDE * SIDE / took))
     return tuple(points)
 
@@ -210,11 +214,11 @@ def _gathers(devices: Sequence[Any], seconds: float) -> tuple[tuple[int, float],
     points = []
     for size in SENT_BYTES:
         x = jax.device_put(jnp.ones(size // 4, jnp.float32), NamedSharding(mesh, cut))
-        points.append((size, _best(lambda x=x: gather(x), seconds)))
+        points.append((size, best_time(lambda x=x: gather(x), seconds)))
     return tuple(points)
 
 
-def _best(run: Callable[[], Any], seconds: float) -> float:
+def best_time(run: Callable[[], Any], seconds: float) -> float:
     """Returns the shortest time of a call, compiled and warm."""
     run().block_until_ready()
     best, end = math.inf, time.perf_counter() + seconds

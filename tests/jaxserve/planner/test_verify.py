@@ -1,0 +1,98 @@
+"""A plan beside its compiler, and what is said where they differ."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jaxserve import planner
+from jaxserve.errors import JaxserveError, UnsupportedError
+from jaxserve.planner.verify import Step, Verified, verified
+
+STEP = Step(
+    name="decode",
+    on="v5e:2x2",
+    exact=True,
+    predicted={"all-gather over x, bf16, a layer": 1000},
+    compiled={"all-gather over x, bf16, a layer": 1000},
+    copies=(),
+    planned_bytes=500,
+    argument_bytes=500,
+    estimated_temp_bytes=10,
+    temp_bytes=20,
+    device_bytes=1000,
+    compile_s=1.0,
+)
+
+
+def test_agreement_says_nothing():
+    Verified((STEP,)).check()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"compiled": {}}, "all-gather over x, bf16, a layer: 1,000 bytes predicted, 0 compiled"),
+        (
+            {"compiled": {**STEP.compiled, "all-reduce over y, bf16, a layer": 5}},
+            "all-reduce over y, bf16, a layer: 0 bytes predicted, 5 compiled",
+        ),
+        ({"compiled": {"all-gather over x, bf16, a layer": 1030}}, "1,030 compiled"),
+        ({"copies": ("copy of 1 MiB",)}, "copy: none predicted, copy of 1 MiB compiled"),
+        ({"temp_bytes": 600}, "GB short"),
+        ({"argument_bytes": 600}, "weights and cache: 500 bytes predicted, 600 compiled"),
+    ],
+)
+def test_the_term_that_differs_is_named(fields: dict[str, object], message: str):
+    with pytest.raises(JaxserveError) as caught:
+        Verified((replace(STEP, **fields),)).check()  # type: ignore[arg-type]
+    assert "decode: " in str(caught.value) and message in str(caught.value)
+
+
+def test_a_compiler_may_pad_a_little():
+    Verified((replace(STEP, compiled={"all-gather over x, bf16, a layer": 1015}),)).check()
+
+
+def test_a_stand_in_is_asked_for_kinds_alone():
+    half = replace(STEP, exact=False, compiled={"all-gather over x, bf16, a layer": 2000})
+    assert half.differing == []
+    assert replace(half, compiled={}).differing
+
+
+@pytest.mark.slow
+def test_a_small_model_is_compiled_for_a_slice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("JAXSERVE_CACHE_DIR", str(tmp_path))
+    plan = planner.search(
+        "llama-3.2-1b",
+        "v5e:2x4",
+        input_tokens=256,
+        output_tokens=64,
+        batch=(16, 16),
+        max_replicas=1,
+    )
+    first = verified(plan)
+    assert [step.name for step in first.steps] == ["prefill", "decode"]
+    assert all(step.predicted and not step.cached for step in first.steps)
+    assert all(step.cached for step in verified(plan).steps)
+
+
+def test_what_cannot_be_built_is_refused():
+    plan = planner.search(
+        "llama-3-8b",
+        "v5e:2x2",
+        input_tokens=100,
+        output_tokens=10,
+        batch=(1, 4),
+        weights=("int4",),
+    )
+    with pytest.raises(UnsupportedError, match="weights in int4"):
+        verified(plan)
+
+
+def test_a_compile_that_takes_too_long_is_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("JAXSERVE_CACHE_DIR", str(tmp_path))
+    plan = planner.search(
+        "llama-3-8b", "v5e:2x2", input_tokens=100, output_tokens=10, batch=(1, 4), max_replicas=1
+    )
+    with pytest.raises(JaxserveError, match=r"took more than 0\.01 s"):
+        verified(plan, limit_s=0.01)
