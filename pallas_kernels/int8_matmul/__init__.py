@@ -8,11 +8,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
 import jax
-from jax import Array
+from jax import Array, lax
 
 from jaxserve.config import Activation
 
@@ -49,7 +50,8 @@ def activated(y: Array, kind: Activation | None) -> Array:
         case Activation.SILU:
             return jax.nn.silu(y)
         case Activation.GELU:
-            return jax.nn.gelu(y, approximate=False)
+            # Written out: the TPU kernel has erf and not the erfc of jax.nn.gelu.
+            return 0.5 * y * (1.0 + lax.erf(y * math.sqrt(0.5)))
         case Activation.GELU_TANH:
             return jax.nn.gelu(y, approximate=True)
         case Activation.RELU:

@@ -57,6 +57,7 @@ class Build:
         trips: with a number, every item reads this many unmasked blocks, whatever its scalars
             say: for estimates, which need loops of known length.
         small: loops stay loops; interpreting compiles for long otherwise.
+        copies: whether blocks are copied; without, an estimate is that of the computation alone.
     """
 
     spec: AttentionSpec
@@ -76,6 +77,7 @@ class Build:
     out_dtype: str
     trips: int | None = None
     small: bool = False
+    copies: bool = True
 
     @property
     def unrolled(self) -> bool:
@@ -368,6 +370,8 @@ class _Step:
             column = column + 1
             return jnp.where(column == build.width, build.pinned_pages, column) if wraps else column
 
+        if not build.copies:
+            return
         needed = self.needed(item, block)
         if build.scaled:
             self.copy_scales(item, block, slot).start()
@@ -377,6 +381,8 @@ class _Step:
     def wait(self, item: Any, turn: Any, slot: Any) -> None:
         """Waits until the pages of a block are there."""
         build = self.build
+        if not build.copies:
+            return
         block = self.block_of(item, turn)
         needed = self.needed(item, block)
         if build.scaled:
@@ -453,12 +459,14 @@ class _Step:
         seen = self.seen(item, k_pos) if masked else None
         if build.scaled:
             self.scratch.expanded[...] = self.expanded(slot)
-        heads = self.spec.num_kv_heads
-        if not build.unrolled:
-            lax.fori_loop(0, heads, partial(self.add_head, slot, k_pos, seen), None)
+        if build.unrolled:
+            self.add_heads(slot, k_pos, seen, tuple(range(self.spec.num_kv_heads)))
             return
-        for head in range(heads):
-            self.add_head(slot, k_pos, seen, head, None)
+
+        def one(head: Any, none: None) -> None:
+            self.add_heads(slot, k_pos, seen, (head,))
+
+        lax.fori_loop(0, self.spec.num_kv_heads, one, None)
 
     def seen(self, item: Any, k_pos: Any) -> Any:
         """Returns bool[rows or 1, block]: the keys that each row of queries sees."""
@@ -497,51 +505,82 @@ class _Step:
         ]
         return jnp.concatenate(parts, axis=1)
 
-    def add_head(self, slot: Any, k_pos: Any, seen: Any, head: Any, none: None) -> None:
-        """Adds a block to the sums of one key head's queries."""
-        build, spec, scratch = self.build, self.spec, self.scratch
-        q = self.given["q"][head]
-        held = scratch.blocks[slot, :, head].reshape(build.block, -1)
-        if held.dtype != q.dtype:
-            held = held.astype(jnp.float32).astype(q.dtype)
-        shared = shared_lanes(spec.head_dim)
-        keys = held if shared else held[:, : key_lanes(spec.head_dim)]
-        values = held if shared else held[:, key_lanes(spec.head_dim) :]
-        scores = _dot(q, keys, 1)
+    def add_heads(self, slot: Any, k_pos: Any, seen: Any, heads: tuple[Any, ...]) -> None:
+        """Adds a block to the sums of some key heads' queries, all heads or one."""
+        build, scratch = self.build, self.scratch
+        at = pl.ds(heads[0] if len(heads) == 1 else 0, len(heads))
+        rows = len(heads) * build.rows
+        top, total, out = (
+            x[at].reshape(rows, x.shape[2]) for x in (scratch.top, scratch.total, scratch.out)
+        )
+        if seen is not None and seen.shape[0] > 1:
+            seen = jnp.concatenate([seen.astype(jnp.int32)] * len(heads), axis=0) > 0
+        held = [self.held(slot, head) for head in heads]
+        scores = self.scores(held, heads, k_pos, seen)
+        before, top = top, jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
+        weights = jnp.exp2(scores - top[:, :1])
+        fade = jnp.exp2(before - top)
+        total = fade * total
+        for start in range(0, build.block, LANES):
+            total = total + weights[:, start : start + LANES]
+        faded = jnp.concatenate([fade] * (out.shape[1] // LANES), axis=1)
+        out = out * faded + self.summed(held, heads, weights)
+        shape = len(heads), build.rows
+        scratch.top[at] = top.reshape(*shape, -1)
+        scratch.total[at] = total.reshape(*shape, -1)
+        scratch.out[at] = out.reshape(*shape, -1)
+
+    def held(self, slot: Any, head: Any) -> Any:
+        """Returns [block, lanes], keys and values of one head in the queries' type."""
+        held = self.scratch.blocks[slot, :, head].reshape(self.build.block, -1)
+        dtype = self.given["q"].dtype
+        return held if held.dtype == dtype else held.astype(jnp.float32).astype(dtype)
+
+    def scores(self, held: list[Any], heads: tuple[Any, ...], k_pos: Any, seen: Any) -> Any:
+        """Returns float32[heads * rows, block] in base two, what is not seen far below."""
+        build, spec = self.build, self.spec
+        lanes = key_lanes(spec.head_dim)
+
+        def of(name: str) -> Any:
+            parts = []
+            for head, some in zip(heads, held, strict=True):
+                part = _dot(self.given[name][head], some[:, :lanes], 1)
+                if build.scaled:
+                    part = part * self.scratch.expanded[pl.ds(head, 1)]
+                parts.append(part)
+            return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
+
+        scores = of("q")
         if build.sink_queries and seen is not None:
-            turned = _dot(self.given["q_sink"][head], keys, 1)
-            scores = jnp.where(k_pos < build.sink_tokens, turned, scores)
-        if build.scaled:
-            scores = scores * scratch.expanded[pl.ds(head, 1)]
+            scores = jnp.where(k_pos < build.sink_tokens, of("q_sink"), scores)
         if spec.soft_cap is not None:
             capped = jnp.tanh(scores * (spec.score_scale / spec.soft_cap))
             scores = capped * (spec.soft_cap * LOG2_E)
         else:
             scores = scores * (spec.score_scale * LOG2_E)
         if spec.alibi is not None:
-            scores = scores + self.bias(head, k_pos)
-        if seen is not None:
-            scores = jnp.where(seen, scores, _HIDDEN)
-        before = scratch.top[head]
-        top = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
-        weights = jnp.exp2(scores - top[:, :1])
-        fade = jnp.exp2(before - top)
-        total = fade * scratch.total[head]
-        for start in range(0, build.block, LANES):
-            total = total + weights[:, start : start + LANES]
-        scratch.top[head] = top
-        scratch.total[head] = total
-        if build.scaled:
-            weights = weights * scratch.expanded[pl.ds(spec.num_kv_heads + head, 1)]
-        added = _dot(weights.astype(q.dtype), values, 0)
-        faded = jnp.concatenate([fade] * (added.shape[1] // LANES), axis=1)
-        scratch.out[head] = scratch.out[head] * faded + added
+            at = pl.ds(heads[0] if len(heads) == 1 else 0, len(heads))
+            slopes = self.given["slopes"][at].reshape(-1, 1)
+            scores = scores + self.bias(slopes, k_pos)
+        return scores if seen is None else jnp.where(seen, scores, _HIDDEN)
 
-    def bias(self, head: Any, k_pos: Any) -> Any:
+    def summed(self, held: list[Any], heads: tuple[Any, ...], weights: Any) -> Any:
+        """Returns float32[heads * rows, lanes], a block's values by their weights."""
+        build, spec = self.build, self.spec
+        lane = 0 if shared_lanes(spec.head_dim) else value_lane(spec.head_dim)
+        parts = []
+        for place, (head, some) in enumerate(zip(heads, held, strict=True)):
+            part = weights[place * build.rows : (place + 1) * build.rows]
+            if build.scaled:
+                part = part * self.scratch.expanded[pl.ds(spec.num_kv_heads + head, 1)]
+            parts.append(_dot(part.astype(some.dtype), some[:, lane:], 0))
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
+
+    def bias(self, slopes: Any, k_pos: Any) -> Any:
         """Returns float32[rows, block], the position bias in base two."""
         alibi = self.spec.alibi
         assert alibi is not None
-        slopes, positions = self.given["slopes"][head], k_pos.astype(jnp.float32)
+        positions = k_pos.astype(jnp.float32)
         if alibi.bfloat16:
             positions = positions.astype(jnp.bfloat16).astype(jnp.float32)
             bias = (slopes * positions).astype(jnp.bfloat16).astype(jnp.float32)
