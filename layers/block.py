@@ -11,6 +11,7 @@ from jaxserve.config import BlockKind, LayerSpec, NormPlace
 from jaxserve.layers.attention import Attention
 from jaxserve.layers.cache import AnyCache, At
 from jaxserve.layers.mlp import Mlp
+from jaxserve.layers.moe import Experts
 from jaxserve.layers.norm import Norm
 from jaxserve.layers.param import Axis, Declare, Weight
 from jaxserve.layers.runtime import Runtime
@@ -25,7 +26,7 @@ class Block(nnx.Module):
         self.attention_norm = Norm(spec.norm, embed, declare)
         self.attention = Attention(spec.attention, embed, declare)
         self.mlp_norm = Norm(spec.norm, embed, declare) if spec.mlp_norm else None
-        self.mlp = Mlp(spec.mlp, embed, declare)
+        self.mlp = (Mlp if spec.mlp.experts is None else Experts)(spec.mlp, embed, declare)
         self.attention_post_norm = Norm(spec.norm, embed, declare) if spec.post_norms else None
         self.mlp_post_norm = Norm(spec.norm, embed, declare) if spec.post_norms else None
 
@@ -47,6 +48,7 @@ class Block(nnx.Module):
         h = comm.move(x, Stage.RESIDUAL, Stage.INPUT)
         first = self.attention_norm(h, comm, Stage.INPUT)
         second = first if self.mlp_norm is None else self.mlp_norm(h, comm, Stage.INPUT)
+        run = self._routed(second, layer, run)
         parts = [*self.attention.project(first, run), *self.mlp.project(second, run)]
         q, k, v, *hidden = comm.distribute(parts)
         attended, cache = self.attention.finish(q, k, v, layer, cache, run)
@@ -73,10 +75,18 @@ class Block(nnx.Module):
         x = self._sum(x, attended, self.attention_norm, run)
         h = self._input(x, self.mlp_norm, run)
         with jax.named_scope("mlp"):
+            run = self._routed(h, layer, run)
             fed = self.mlp.finish(*comm.distribute(self.mlp.project(h, run)), run=run)
         fed = self._added(fed, self.mlp.down, self.mlp_post_norm, run)
         fed = run.tap(f"layers.{layer.index}.mlp", fed)
         return self._sum(x, fed, self.mlp_norm, run), cache
+
+    def _routed(self, x: Array, layer: At, run: Runtime) -> Runtime:
+        """Returns the runtime with the routing to experts, where there are any, reported."""
+        run = self.mlp.route(x, run)
+        if run.routing is not None:
+            run.tap(f"layers.{layer.index}.expert_load", run.routing.load)
+        return run
 
     def _input(self, x: Array, norm: Norm | None, run: Runtime) -> Array:
         """Returns what a part reads of the residual stream."""

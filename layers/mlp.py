@@ -24,6 +24,10 @@ class Mlp(nnx.Module):
         self.hidden = declare.group((embed,), spec.bias, **members)
         self.down = declare.weight((ffn,), (embed,), spec.bias)
 
+    def route(self, x: Array, run: Runtime) -> Runtime:
+        """Returns the runtime: all tokens go the same way."""
+        return run
+
     def project(self, x: Array, run: Runtime) -> list[Part]:
         """Returns what x[T, embed] gives to the non-linearity: [T, ffn], two where gated."""
         pairs = linear_group(x, self.hidden, run.comm, run.kernels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ class Runtime:
 
     Attributes:
         step: tokens whose attention is computed here.
+        valid: bool[T], which tokens that the first projections see are not padding.
+        routing: see `moe.Routing`, of the block under way where it has experts.
         rotations: rotary table of the step's positions; and, with the size of a streaming cache,
             that of the positions inside it.
     """
@@ -32,6 +35,8 @@ class Runtime:
     kernels: KernelSet
     tap: Taps
     step: Step
+    valid: Array
+    routing: Any = None
     rotations: Mapping[tuple[RopeSpec, int | None], tuple[Array, Array]] = field(
         default_factory=dict
     )
@@ -46,6 +51,7 @@ class Runtime:
         tap: Taps,
     ) -> Runtime:
         """Returns the runtime of one step; every rotary table is computed once for all layers."""
+        valid = comm.tokens(step.valid, Stage.INPUT)
         # Attention sees the tokens of its own sequences.
         step = jax.tree.map(lambda x: comm.tokens(x, Stage.QUERY), step)
         tables: dict[tuple[RopeSpec, int | None], tuple[Array, Array]] = {}
@@ -56,4 +62,4 @@ class Runtime:
             if (size := spec.cached_tokens) is not None:
                 inside = jnp.minimum(step.positions, size - 1)
                 tables[spec.rope, size] = rotation(spec.rope, inside, step.lengths)
-        return cls(comm, kernels, tap, step, tables)
+        return cls(comm, kernels, tap, step, valid, rotations=tables)

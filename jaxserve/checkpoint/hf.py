@@ -135,7 +135,8 @@ def _no_weights(directory: Path) -> JaxserveError:
 
 def logical_shape(source: Source) -> tuple[int, ...]:
     """Returns the shape of what a source selects, outputs first; nothing is read."""
-    return source.select(np.broadcast_to(np.zeros((), np.int8), source.shape)).shape
+    shape = source.select(np.broadcast_to(np.zeros((), np.int8), source.shape)).shape
+    return (len(source.stacked), *shape) if source.stacked else shape
 
 
 class HfReader:
@@ -158,7 +159,13 @@ class HfReader:
     def read(self, name: str, index: Index) -> np.ndarray:
         """Returns a slice of a logical weight, a read-only view of the file where possible."""
         source = self._sources[name]
-        return source.select(self._view(self._tensors[source.tensor]))[index]
+        if not source.stacked:
+            return self._selected(source, source.tensor)[index]
+        first, rest = index[0], index[1:]
+        return np.stack([self._selected(source, tensor)[rest] for tensor in source.stacked[first]])
+
+    def _selected(self, source: Source, tensor: str) -> np.ndarray:
+        return source.select(self._view(self._tensors[tensor]))
 
     def _view(self, tensor: TensorInfo) -> np.ndarray:
         if tensor.file not in self._maps:

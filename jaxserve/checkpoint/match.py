@@ -22,7 +22,7 @@ def used_tensors(
         CheckpointError: a tensor is missing, not expected, or of another shape.
         UnsupportedError: a tensor's dtype cannot be loaded.
     """
-    wanted = {source.tensor: source.shape for source in sources.values()}
+    wanted = {tensor: one.shape for one in sources.values() for tensor in one.tensors}
     _check_missing(directory, wanted, tensors)
     extra = [name for name in tensors if name not in wanted and not family.ignored(name)]
     if extra:

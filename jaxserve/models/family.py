@@ -19,8 +19,10 @@ T = TypeVar("T")
 MODULES = (
     "llama",
     "mistral",
+    "mixtral",
     "qwen2",
     "qwen3",
+    "qwen3_moe",
     "phi3",
     "gemma",
     "gemma2",
@@ -31,6 +33,9 @@ MODULES = (
     "opt",
     "bloom",
     "mpt",
+    "baichuan",
+    "chatglm",
+    "decilm",
     "palm",
 )
 """Modules of this package that hold a `FAMILY`."""
@@ -49,11 +54,19 @@ class Source:
         tensor: name in the checkpoint; several weights may come from one tensor.
         shape: shape the tensor must have there.
         select: tensor -> [*outputs, *inputs], or the vector; slices and reshapes only.
+        stacked: tensors alike, `tensor` the first, that the weight has one after the other in a
+            dimension of its own, before the outputs; empty where the weight is of one tensor.
     """
 
     tensor: str
     shape: tuple[int, ...]
     select: Callable[[np.ndarray], np.ndarray] = identity
+    stacked: tuple[str, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Returns the names of all tensors that the weight is made of."""
+        return self.stacked or (self.tensor,)
 
 
 @dataclass(frozen=True)

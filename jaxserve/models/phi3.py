@@ -14,14 +14,7 @@ from jaxserve.models.family import Family, Source
 from jaxserve.models.fields import Fields
 from jaxserve.models.gated import read_mlp
 from jaxserve.models.rope import read_rope
-from jaxserve.models.tensors import (
-    IGNORABLE,
-    LLAMA_NORMS,
-    embedding_sources,
-    norm_sources,
-    stacked_sources,
-    with_bias,
-)
+from jaxserve.models.tensors import IGNORABLE, outer_sources, stacked_sources, with_bias
 
 
 def read(fields: Fields) -> ModelConfig:
@@ -58,15 +51,10 @@ def read(fields: Fields) -> ModelConfig:
 
 def sources(config: ModelConfig) -> dict[str, Source]:
     """Returns where every weight comes from."""
-    assert config.final_norm is not None
-    width = config.embed_dim
-    found = embedding_sources(config, "model.embed_tokens")
-    found |= norm_sources("final_norm", "model.norm", config.final_norm, width)
+    found = outer_sources(config)
     for index, layer in enumerate(config.layers):
         name, stored = f"layers.{index}", f"model.layers.{index}"
-        for norm, tensor in LLAMA_NORMS.items():
-            found |= norm_sources(f"{name}.{norm}", f"{stored}.{tensor}", layer.norm, width)
-        found |= _projections(layer, width, name, stored)
+        found |= _projections(layer, config.embed_dim, name, stored)
     return found
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
-from jaxserve.config import AttentionSpec, LayerSpec, ModelConfig, NormSpec
+from jaxserve.config import AttentionSpec, MlpSpec, ModelConfig, NormSpec
 from jaxserve.models.family import Source
 
 LLAMA_NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
@@ -39,6 +40,21 @@ def with_bias(
     if bias:
         sources[f"{name}.bias"] = reshaped(f"{tensor}.bias", outputs)
     return sources
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """How tensors of experts are called: `<layer>.<block>.experts.<number>.<gate>.weight`.
+
+    Attributes:
+        block: what a layer calls its experts and their router, which is its `gate`.
+        gate, up, down: what an expert calls its projections.
+    """
+
+    block: str
+    gate: str
+    up: str
+    down: str
 
 
 def norm_sources(name: str, tensor: str, spec: NormSpec, size: int) -> dict[str, Source]:
@@ -123,31 +139,45 @@ def embedding_sources(
 
 
 def projection_sources(
-    config: ModelConfig, norms: dict[str, str] = LLAMA_NORMS
+    config: ModelConfig,
+    norms: dict[str, str] = LLAMA_NORMS,
+    experts: ExpertNames | None = None,
 ) -> dict[str, Source]:
     """Returns all sources of a model with Llama's tensor names.
 
     Args:
         norms: norm of a layer -> its name in the checkpoint.
+        experts: names in layers that have experts.
     """
-    sources = embedding_sources(config, "model.embed_tokens")
-    sources["final_norm.scale"] = Source("model.norm.weight", (config.embed_dim,))
+    sources = outer_sources(config, norms)
     for index, layer in enumerate(config.layers):
-        stored = f"model.layers.{index}"
-        for norm, tensor in norms.items():
-            sources[f"layers.{index}.{norm}.scale"] = Source(
-                f"{stored}.{tensor}.weight", (config.embed_dim,)
-            )
-        sources |= _layer_projections(layer, config.embed_dim, f"layers.{index}", stored)
+        name, stored = f"layers.{index}", f"model.layers.{index}"
+        sources |= _attention(layer.attention, config.embed_dim, name, stored)
+        if layer.mlp.experts is None:
+            sources |= mlp_sources(layer.mlp, config.embed_dim, name, stored)
+        else:
+            assert experts is not None
+            sources |= _experts(layer.mlp, config.embed_dim, name, stored, experts)
     return sources
 
 
-def _layer_projections(
-    layer: LayerSpec, embed_dim: int, name: str, stored: str
-) -> dict[str, Source]:
-    spec, mlp, embed = layer.attention, layer.mlp, (embed_dim,)
+def outer_sources(config: ModelConfig, norms: dict[str, str] = LLAMA_NORMS) -> dict[str, Source]:
+    """Returns sources of embedding, head and norms with Llama's names; see `projection_sources`."""
+    assert config.final_norm is not None
+    width = config.embed_dim
+    sources = embedding_sources(config, "model.embed_tokens")
+    sources |= norm_sources("final_norm", "model.norm", config.final_norm, width)
+    for index, layer in enumerate(config.layers):
+        for norm, tensor in norms.items():
+            sources |= norm_sources(
+                f"layers.{index}.{norm}", f"model.layers.{index}.{tensor}", layer.norm, width
+            )
+    return sources
+
+
+def _attention(spec: AttentionSpec, embed_dim: int, name: str, stored: str) -> dict[str, Source]:
+    embed = (embed_dim,)
     heads, kv_heads = (spec.num_heads, spec.head_dim), (spec.num_kv_heads, spec.head_dim)
-    ffn = (mlp.ffn_dim,)
     attention, stored_attention = f"{name}.attention", f"{stored}.self_attn"
     sources: dict[str, Source] = {}
     for member, outputs in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
@@ -166,6 +196,13 @@ def _layer_projections(
             sources |= norm_sources(
                 f"{attention}.{norm}", f"{stored_attention}.{norm}", spec.qk_norm, spec.head_dim
             )
+    return sources
+
+
+def mlp_sources(mlp: MlpSpec, embed_dim: int, name: str, stored: str) -> dict[str, Source]:
+    """Returns sources of a gated MLP with Llama's names."""
+    embed, ffn = (embed_dim,), (mlp.ffn_dim,)
+    sources: dict[str, Source] = {}
     for member, outputs, inputs in (
         ("gate", ffn, embed),
         ("up", ffn, embed),
@@ -174,4 +211,20 @@ def _layer_projections(
         sources |= with_bias(
             f"{name}.mlp.{member}", f"{stored}.mlp.{member}_proj", outputs, inputs, mlp.bias
         )
+    return sources
+
+
+def _experts(
+    mlp: MlpSpec, embed_dim: int, name: str, stored: str, names: ExpertNames
+) -> dict[str, Source]:
+    assert mlp.experts is not None
+    count, block = mlp.experts.count, f"{stored}.{names.block}"
+    sources = {f"{name}.mlp.router": Source(f"{block}.gate.weight", (count, embed_dim))}
+    for member, tensor, shape in (
+        ("gate", names.gate, (mlp.ffn_dim, embed_dim)),
+        ("up", names.up, (mlp.ffn_dim, embed_dim)),
+        ("down", names.down, (embed_dim, mlp.ffn_dim)),
+    ):
+        tensors = tuple(f"{block}.experts.{index}.{tensor}.weight" for index in range(count))
+        sources[f"{name}.mlp.{member}"] = Source(tensors[0], shape, stacked=tensors)
     return sources

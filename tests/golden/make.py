@@ -238,6 +238,29 @@ CASES = {
         head_dim=8,
         sliding_window=4,
     ),
+    # Torch multiplies grouped rows in bfloat16 only where widths are multiples of eight.
+    "mixtral": dense(
+        "Mixtral",
+        hidden_size=24,
+        intermediate_size=40,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_local_experts=5,
+    ),
+    # The middle layer has one MLP; weights of experts are not made to add up to one.
+    "qwen3_moe": dense(
+        "Qwen3Moe",
+        hidden_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=6,
+        num_experts_per_tok=3,
+        moe_intermediate_size=16,
+        mlp_only_layers=[1],
+    ),
     # One layer sees all, the two above it a window.
     "qwen2": dense(
         "Qwen2",
