@@ -9,7 +9,8 @@ deadlines, some send what is refused. One asks for the same completion again and
 never differ. Exit status 1: a request was neither answered nor refused as it should be, pages were
 lost, a program was compiled, or memory grew.
 
-Time is counted in turns of the clock's task: while the machine sleeps nothing is late.
+Time is counted in turns of the clock's task: while the machine sleeps nothing is late. Requests
+that were under way meanwhile count as `paused` if they fail: connections may have been given up.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ HTTP_CLIENTS, GRPC_CLIENTS = 64, 16
 REST_S = 0.4
 """Longest rest of a client that was refused."""
 TICK_S = 0.25
+PAUSE_S = 10.0
+"""A turn that takes longer is a pause."""
 HUNG_S = 120.0
 LEAVES_S = 60.0
 MAY_GROW = 0.02
@@ -70,6 +73,7 @@ class Soak:
     Attributes:
         outcomes: how often a kind of request ended in a way.
         wrong: the first of the outcomes that should not be.
+        pauses: how often the machine, or this process, slept.
         open: when requests that are under way began, in ticks.
         hung: requests that took longer than any may.
         memory: bytes of the server's processes, over time.
@@ -79,6 +83,7 @@ class Soak:
     server: ServerProcess
     seconds: float
     ticks: int = 0
+    pauses: int = 0
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     open: dict[int, int] = field(default_factory=dict)
@@ -95,7 +100,9 @@ class Soak:
         """Counts time, looks at memory, and finds requests that hang."""
         every = max(1, round(self.seconds / TICK_S / 60))
         while not self.over:
+            before = time.monotonic()
             await asyncio.sleep(TICK_S)
+            self.pauses += time.monotonic() - before > PAUSE_S
             self.ticks += 1
             if self.ticks % every == 0:
                 self.memory.append(resident(self.server.process.pid))
@@ -116,11 +123,14 @@ class Soak:
         names = list(ways)
         while not self.over:
             kind = rng.choice(names)
-            self.open[number] = self.ticks
+            self.open[number], pauses = self.ticks, self.pauses
             try:
                 outcome = await ways[kind](rng)
             except Exception as error:
                 outcome = ("failed", f"{type(error).__name__}: {error}")
+                await asyncio.sleep(2 * TICK_S)  # the clock notices a pause
+                if self.pauses != pauses:
+                    outcome = ("paused",)
             self.note(kind, *outcome)
             self.open.pop(number, None)
             if outcome[0] == "refused":
@@ -482,6 +492,7 @@ def figures(soak: Soak, took_s: float, left: dict[str, float]) -> dict[str, Any]
     return {
         "seconds": round(took_s, 1),
         "counted_seconds": soak.ticks * TICK_S,
+        "pauses": soak.pauses,
         "clients": HTTP_CLIENTS + GRPC_CLIENTS,
         "max_requests": MAX_REQUESTS,
         "requests": sum(outcomes.values()),
