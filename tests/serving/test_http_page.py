@@ -112,6 +112,17 @@ def test_a_text_is_continued(page: Page) -> None:
     assert shown(page, 1) == wanted(b"hello", 6)
 
 
+def test_an_answer_without_text_says_so(page: Page) -> None:
+    end = '{"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}'
+    usage = '{"choices": [], "usage": {"completion_tokens": 1}}'
+    body = "".join(f"data: {data}\n\n" for data in (end, usage, "[DONE]"))
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body))
+    say(page, "hi", 4)
+    expect(page.locator(".turn .told").nth(1)).to_have_text(
+        re.compile("stop · no text.* · 1 token$")
+    )
+
+
 def test_what_people_write_is_text_and_no_markup(page: Page) -> None:
     say(page, "<img src=x onerror=alert(1)><b>bold</b>", 1)
     expect(page.locator(".turn.user .text")).to_have_text("<img src=x onerror=alert(1)><b>bold</b>")
