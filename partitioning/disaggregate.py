@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxserve.config import ModelConfig
-from jaxserve.errors import UsageError
+from jaxserve.errors import UnsupportedError, UsageError
 from jaxserve.partitioning.demand import Demand, Serving, Space
 from jaxserve.partitioning.efficiency import Efficiency
 from jaxserve.partitioning.estimate import Coster
@@ -114,14 +114,16 @@ def _coster(
 ) -> Coster | None:
     try:
         share = Share.of(config, phase, laid.sizes)
-    except UsageError:
+    except (UsageError, UnsupportedError):
         return None
     free = laid.network.on.device_hbm_bytes - weights_bytes(share, kept)
     if free < 0:
         seen(free)
         return None
     traffic = Traffic.of(share.config, phase, laid.sizes)
-    return Coster(share, traffic, laid.network, kept, Efficiency.read(), num_parameters(config))
+    return Coster(
+        share, traffic, laid.network, kept, Efficiency.read(), num_parameters(config, active=True)
+    )
 
 
 def _prefill(made: Coster, demand: Demand, space: Space, seen: Callable[[Any], None]) -> _Side:

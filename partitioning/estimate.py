@@ -202,7 +202,7 @@ class Coster:
             network,
             kept or Kept(),
             efficiency or Efficiency.read(),
-            num_parameters(config),
+            num_parameters(config, active=True),
         )
 
     @property
@@ -245,12 +245,13 @@ class Coster:
         yield Term("host", Part.HOST, 1, "steps", HOST_S, Origin.ASSUMED)
 
     def _product(self, op: Product, tokens: Any) -> Iterator[Term]:
-        rows = -(-tokens // op.cut)
+        rows = -(-tokens // op.cut) * op.taken
         flops, rate, origin = self._flops(op, rows)
         yield Term(op.name, Part.COMPUTE, flops, "flop", flops / rate, origin, ahead=True)
         each = self.kept.weights.per_element(op.inputs)
         # A gathered weight is read where it lies, written, and read again.
         read = op.used if op.used <= op.stored else op.stored + 2 * op.used
+        read = read * op.read_share(tokens)
         yield self._memory(op.name, Part.WEIGHTS, read * each * op.turns)
         size = rows * (op.inner + op.outer) * op.turns * self.kept.activation_bytes
         yield self._memory(op.name, Part.ACTIVATIONS, size)

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from jaxserve.config import AttentionSpec, BlockKind, LayerSpec, ModelConfig
+from jaxserve.config import AttentionSpec, BlockKind, LayerSpec, MlpSpec, ModelConfig
+from jaxserve.errors import UnsupportedError
 from jaxserve.partitioning.cost import padded
 from jaxserve.partitioning.layout import PhaseLayout, Stage
 from jaxserve.partitioning.padding import Padding
@@ -34,6 +35,8 @@ class Product:
         stored: elements that the device keeps.
         inputs: features that the whole weight contracts.
         turns: layers.
+        experts, taken: of a product that has one weight for each expert, these and those that a
+            token takes; used and stored elements are then those of all.
     """
 
     name: str
@@ -44,6 +47,15 @@ class Product:
     stored: int
     inputs: int
     turns: int
+    experts: int = 1
+    taken: int = 1
+
+    def read_share(self, tokens: Any) -> Any:
+        """Returns the share of the weight that a step reads: of experts, those that are taken.
+
+        Tokens are taken to choose at random, which is the most that they can spread.
+        """
+        return 1.0 if self.experts == 1 else 1 - (1 - self.taken / self.experts) ** tokens
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,13 @@ class Share:
 
         Raises:
             UsageError: the width does not divide over the mesh.
+            UnsupportedError: the model has experts, and the mesh more than one device.
         """
+        if has_experts(config) and math.prod(sizes.values()) > 1:
+            raise UnsupportedError(
+                "experts over several devices are not planned: what they send is not derived yet; "
+                "plan copies of the model on slices of one device"
+            )
         phases = dict.fromkeys((phase, phase if other is None else other))
         padding = Padding(tuple(phases), tuple(sizes.items()))
         padding.check(config)
@@ -215,6 +233,7 @@ class Share:
             embed,
             run.turns,
         )
+        into = _of_experts(into, mlp)
         cut, contracted = self.pieces(Stage.CONTRACTED)
         out = embed // self.pieces(Stage.PRODUCED)[1]
         mixed, hidden = spec.num_heads * spec.head_dim // contracted, mlp.ffn_dim // contracted
@@ -223,22 +242,51 @@ class Share:
         last = Product("attention output", cut, mixed, out, mixed * out, kept, whole, run.turns)
         kept = self._stored(ffn, width)
         down = Product("MLP out", cut, hidden, out, hidden * out, kept, mlp.ffn_dim, run.turns)
-        if run.layer.block is BlockKind.PARALLEL:
+        down = _of_experts(down, mlp)
+        if run.layer.block is BlockKind.PARALLEL and mlp.experts is None:
             yield _joined("first projections", first, into)
             yield from (last, down)
         else:
             yield from (first, last, into, down)
 
 
-def num_parameters(config: ModelConfig) -> int:
-    """Returns the weights of a model's products, its embedding included; a tied one counts once."""
+def has_experts(config: ModelConfig) -> bool:
+    """Returns whether any layer has experts."""
+    return any(layer.mlp.experts is not None for layer in config.pattern)
+
+
+def num_parameters(config: ModelConfig, *, active: bool = False) -> int:
+    """Returns the weights of a model's products, its embedding included; a tied one counts once.
+
+    Args:
+        active: of experts count those alone that a token takes.
+    """
     total = config.vocab_size * config.embed_dim * (1 if config.tied else 2)
     for layer in config.layers:
         spec, mlp = layer.attention, layer.mlp
         heads = 2 * spec.num_heads + 2 * spec.num_kv_heads
         total += config.embed_dim * spec.head_dim * heads
-        total += config.embed_dim * mlp.ffn_dim * (3 if mlp.gated else 2)
+        one = config.embed_dim * mlp.ffn_dim * (3 if mlp.gated else 2)
+        if mlp.experts is None:
+            total += one
+        else:
+            total += one * (mlp.experts.per_token if active else mlp.experts.count)
+            total += config.embed_dim * mlp.experts.count
     return total
+
+
+def _of_experts(op: Product, mlp: MlpSpec) -> Product:
+    """Returns a product of the MLP; of all experts, where it has several."""
+    if mlp.experts is None:
+        return op
+    count = mlp.experts.count
+    return replace(
+        op,
+        used=op.used * count,
+        stored=op.stored * count,
+        experts=count,
+        taken=mlp.experts.per_token,
+    )
 
 
 def _joined(name: str, one: Product, other: Product) -> Product:

@@ -10,13 +10,14 @@ from jaxserve.config import (
     Activation,
     AttentionSpec,
     BlockKind,
+    ExpertsSpec,
     LayerSpec,
     MlpSpec,
     ModelConfig,
     NormKind,
     NormSpec,
 )
-from jaxserve.errors import UsageError
+from jaxserve.errors import UnsupportedError, UsageError
 from jaxserve.partitioning.dtypes import KV, WEIGHTS, stored
 from jaxserve.partitioning.efficiency import Efficiency
 from jaxserve.partitioning.estimate import Coster, Part, Step, estimate, picked
@@ -183,3 +184,19 @@ def test_short_names_of_dtypes_are_known():
     assert stored("fp8", "kv").bits == 8
     with pytest.raises(UsageError, match="weights='int3' is not known; use one of float32"):
         stored("int3", "weights")
+
+
+def test_experts_are_read_as_far_as_they_are_taken():
+    layer = model().layers[0]
+    several = replace(layer, mlp=replace(layer.mlp, experts=ExpertsSpec(8, 2)))
+    config = replace(model(), layers=(several,) * L)
+    for batch in (1, 16):
+        step = Step(config, STATIONARY, batch=batch)
+        one = 2 * 2 * E * F * L
+        share = 1 - (1 - 2 / 8) ** batch
+        assert amounts(step, Part.WEIGHTS)["MLP in"] == pytest.approx(8 * one * share)
+    # Two experts for each of 16 tokens.
+    assert amounts(step, Part.COMPUTE)["MLP in"] == 2 * 32 * E * 2 * F * L
+    assert num_parameters(config) - num_parameters(config, active=True) == 6 * 3 * E * F * L
+    with pytest.raises(UnsupportedError, match="experts over several devices are not planned"):
+        estimate(step, slice_of("v4:2x2x1"), {"x": 1, "y": 2, "z": 2})
