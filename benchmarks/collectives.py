@@ -3,9 +3,10 @@
     python benchmarks/collectives.py --json                         # every row, from the results
     python benchmarks/collectives.py --slice v5e:8x8 --model llama-2-70b --phase decode
 
-Rows are compiled in child processes, one group of rows each, and kept as they come: a run that is
-cut short goes on where it stopped. Kept rows are printed as they are, with the versions of JAX and
-libtpu that they were compiled with; --fresh compiles them again.
+Without --json or --table, rows that are missing are compiled in child processes, one group of rows
+each, and kept as they come: a run that is cut short goes on where it stopped; --fresh compiles
+kept ones again. Each row says which versions of JAX and libtpu compiled it. With --json or --table
+nothing is compiled: a row that was not has what is predicted alone.
 """
 
 from __future__ import annotations
@@ -63,44 +64,70 @@ def config_of(row: Row) -> Any:
     config = named_config(row.model)
     if (row.model, row.slice) != ("palm-540b", "v5e:8x8"):
         return config
-    # 64 chips of 16 GB do not hold 540B parameters in bfloat16.
-    return replace(config, layers=config.layers[: config.num_layers // 2])
+    # 64 chips of 16 GB do not hold 540B parameters in bfloat16, and less beside gathered layers.
+    part = 4 if row.ffn == "wg-xyz" else 2
+    return replace(config, layers=config.layers[: config.num_layers // part])
+
+
+def job_of(row: Row) -> Any:
+    """Returns the step of a row, and its slice."""
+    from jaxserve.partitioning.layout import Ffn, Heads, PhaseLayout
+    from jaxserve.planner.lower import Job
+    from jaxserve.planner.topology import SLICES as KNOWN
+
+    phase = PhaseLayout(Ffn(row.ffn), Heads(row.heads))
+    return Job(config_of(row), phase, BATCH, CONTEXT, LENGTHS[row.phase]), KNOWN[row.slice]
+
+
+def named(sums: dict[Any, int]) -> dict[str, int]:
+    """Returns bytes of full tensors by words instead of tuples."""
+    return {
+        f"{where} {kind} {''.join(axes)} {dtype}": size
+        for (kind, axes, dtype, where), size in sorted(sums.items())
+    }
+
+
+def predicted(row: Row) -> dict[str, Any]:
+    """Returns what is known of a row before it is compiled."""
+    from jaxserve.partitioning.cost import Where, gathered_bytes, padded, step_collectives, totals
+    from jaxserve.planner.lower import argument_bytes, lane_bytes
+
+    job, on = job_of(row)
+    config = padded(job.config, job.padding(on.sizes))
+    sent = step_collectives(config, job.phase, on.sizes, job.step)
+    wire = {
+        where: sum(one.wire_bytes(on.sizes) for one in sent if one.where is where)
+        for where in (Where.LAYER, Where.ENDS)
+    }
+    return {
+        **asdict(row),
+        "tokens": job.step.tokens,
+        "layers": config.num_layers,
+        "query_heads": config_of(row).layers[0].attention.num_heads,
+        "query_heads_computed": config.layers[0].attention.num_heads,
+        "mesh": on.sizes,
+        "layer_wire_bytes": wire[Where.LAYER],
+        "ends_wire_bytes": wire[Where.ENDS],
+        "full_tensor_bytes": named(totals(sent)),
+        "planned_bytes": argument_bytes(job, on.sizes),
+        "gathered_bytes": gathered_bytes(config, job.phase, on.sizes),
+        "lane_bytes": lane_bytes(job, on.sizes),
+    }
 
 
 def measure(row: Row) -> dict[str, Any]:
     """Returns a compiled row."""
     from jaxserve.partitioning.cost import Where
-    from jaxserve.partitioning.layout import Ffn, Heads, PhaseLayout
     from jaxserve.planner.check import check
-    from jaxserve.planner.lower import Job
-    from jaxserve.planner.topology import SLICES as KNOWN
 
-    config, length = config_of(row), LENGTHS[row.phase]
-    phase = PhaseLayout(Ffn(row.ffn), Heads(row.heads))
-    report = check(Job(config, phase, BATCH, CONTEXT, length), KNOWN[row.slice])
-    named = {
-        side: {
-            f"{where} {kind} {''.join(axes)} {dtype}": size
-            for (kind, axes, dtype, where), size in sorted(getattr(report, side).items())
-        }
-        for side in ("predicted", "compiled")
-    }
+    report = check(*job_of(row))
     return {
-        **asdict(row),
-        "tokens": BATCH * length,
-        "layers": config.num_layers,
-        "heads_computed": report.num_heads,
-        "mesh": dict(report.sizes),
+        **predicted(row),
         "exact": report.exact,
-        "layer_wire_bytes": report.wire("predicted"),
         "layer_wire_bytes_compiled": report.wire("compiled"),
-        "ends_wire_bytes": report.wire("predicted", Where.ENDS),
         "ends_wire_bytes_compiled": report.wire("compiled", Where.ENDS),
-        "full_tensor_bytes": named["predicted"],
-        **({} if report.exact else {"full_tensor_bytes_compiled": named["compiled"]}),
+        "full_tensor_bytes_compiled": named(report.compiled),
         "copies": list(report.copies),
-        "planned_bytes": report.planned_bytes,
-        "gathered_bytes": report.gathered_bytes,
         "argument_bytes": report.argument_bytes,
         "temp_bytes": report.temp_bytes,
         "compile_s": round(report.compile_s, 1),
@@ -158,35 +185,73 @@ def save(path: Path, found: dict[tuple[str, ...], dict[str, Any]]) -> None:
     partial.replace(path)
 
 
+def held(row: dict[str, Any]) -> tuple[float, float]:
+    """Returns what a chip holds, over the plan without and with what may come beside it."""
+    used = row["argument_bytes"] + row["temp_bytes"]
+    least = row["planned_bytes"]
+    return used / least, used / (least + row["gathered_bytes"] + row["lane_bytes"])
+
+
 def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns counts of rows, and each row that is not as predicted."""
+    """Returns counts of rows, and each row that is not as predicted.
+
+    Memory is as planned from 3% below weights and cache to 3% above all that may come beside them;
+    that is nothing where no weights are gathered and heads fill the lanes of a tile.
+    """
     good = [row for row in found if row.get("exact")]
+    over = [row for row in good if held(row)[0] < 0.97 or held(row)[1] > 1.03]
+    plain = [row for row in good if not (row["gathered_bytes"] or row["lane_bytes"])]
     return {
         "rows": len(found),
         "exact": len(good),
-        "with_copies": sum(bool(row["copies"]) for row in good),
+        "not_compiled": sum("versions" not in row for row in found),
+        "padded_heads_exact": sum(
+            row["query_heads"] != row["query_heads_computed"] for row in good
+        ),
+        "memory_within_3_percent": sum(0.97 <= held(row)[0] <= 1.03 for row in good),
+        "memory_of_stationary_weights": [min(map(held, plain))[0], max(map(held, plain))[0]]
+        if plain
+        else [],
+        "memory_over": [(*key(row), round(held(row)[1], 3)) for row in over],
+        "slowest_compile_cpu_s": max((row.get("compile_cpu_s", 0) for row in good), default=0),
+        "with_copies": [key(row) for row in good if row["copies"]],
         "not_exact": [key(row) for row in found if row.get("exact") is False],
         "failed": [(*key(row), row["error"]) for row in found if "error" in row],
     }
 
 
+def printed(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns what --json prints."""
+    return {"summary": summary(found), "rows": found}
+
+
 def tables(found: list[dict[str, Any]]) -> Iterator[str]:
-    """Yields the bytes that a chip receives in a layer, in MB; starred where compiled differs."""
-    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    """Yields the MB that a chip receives in a layer, by mesh: slices of one mesh have the same.
+
+    Marks say on how many of the mesh's slices the compiled program has exactly these bytes, if not
+    on all of them.
+    """
+    cells: dict[tuple[str, ...], dict[str, list[dict[str, Any]]]] = {}
     for row in found:
-        mark = "" if row.get("exact") else "*"
-        wire = row.get("layer_wire_bytes")
-        text = "failed" if wire is None else f"{wire / 1e6:.3f}{mark}"
-        line = row["phase"], row["slice"], row["model"], row["ffn"]
-        cells.setdefault(line, {})[row["heads"]] = text
+        mesh = "x".join(map(str, row["mesh"].values()))
+        line = row["phase"], mesh, row["model"], row["ffn"]
+        cells.setdefault(line, {}).setdefault(row["heads"], []).append(row)
     for phase in dict.fromkeys(line[0] for line in cells):
         yield f"\n{phase}:\n"
-        yield f"| slice | model | layout | {' | '.join(HEADS)} |"
+        yield f"| mesh | model | layout | {' | '.join(HEADS)} |"
         yield "|---" * (3 + len(HEADS)) + "|"
-        for line, found_heads in cells.items():
+        for line, by_heads in cells.items():
             if line[0] == phase:
-                values = [found_heads.get(name, "") for name in HEADS]
+                values = [_cell(by_heads.get(name, [])) for name in HEADS]
                 yield f"| {' | '.join([*line[1:], *values])} |"
+
+
+def _cell(rows_: list[dict[str, Any]]) -> str:
+    if not rows_:
+        return ""
+    exact = sum(bool(row.get("exact")) for row in rows_)
+    mark = "" if exact == len(rows_) else f" ({exact} of {len(rows_)})"
+    return f"{rows_[0]['layer_wire_bytes'] / 1e6:.3f}{mark}"
 
 
 def main() -> None:
@@ -210,6 +275,10 @@ def main() -> None:
         return work()
     wanted = rows(args)
     found = load(args.out)
+    if args.json or args.table:
+        asked = [found.get(key(asdict(row))) or predicted(row) for row in wanted]
+        print("\n".join(tables(asked)) if args.table else json.dumps(printed(asked)))
+        return
     missing = [row for row in wanted if args.fresh or key(asdict(row)) not in found]
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in missing:
@@ -220,12 +289,6 @@ def main() -> None:
             save(args.out, found)
             print(*key(row), row.get("exact", row.get("error")), file=sys.stderr, flush=True)
     asked = [found[key(asdict(row))] for row in wanted if key(asdict(row)) in found]
-    if args.table:
-        print("\n".join(tables(asked)))
-        return
-    if args.json:
-        print(json.dumps({"summary": summary(asked), "rows": asked}))
-        return
     for row in asked:
         wire = row.get("layer_wire_bytes", 0) / 1e6
         print(*key(row), f"{wire:10.3f} MB a layer", row.get("exact", row.get("error")))

@@ -32,6 +32,9 @@ from jaxserve.partitioning.padding import Padding
 from jaxserve.planner.slab import SlabCache
 from jaxserve.serving.generation import Program, Prompts, decode_step, prefill
 
+_LANES = 128
+"""Neighbours along the last dimension of a tile in a TPU's memory."""
+
 
 class Store(StrEnum):
     """Where keys and values lie: in one array, or in pages as `backend`'s kernels keep them."""
@@ -144,6 +147,20 @@ def argument_bytes(job: Job, sizes: dict[str, int]) -> int:
     local = jax.eval_shape(partial(_empty, job, program))
     total += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(local))
     return total + 4 * job.batch * (job.length + 1)
+
+
+def lane_bytes(job: Job, sizes: dict[str, int]) -> int:
+    """Returns what is added to a cache whose heads are no multiple of the lanes of a tile.
+
+    That is where a compiler has the features of a head next to each other; it may choose the tokens
+    instead, and add nothing.
+    """
+    local = jax.eval_shape(partial(_empty, job, job.program(sizes)))
+    return sum(
+        leaf.size // leaf.shape[-1] * (-leaf.shape[-1] % _LANES) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(local)
+        if leaf.ndim > 2
+    )
 
 
 def _decode(program: Program, params: Any, cache: Any, tokens: Any, positions: Any) -> Any:
