@@ -20,6 +20,7 @@ from flax import nnx
 from jax import Array, lax
 
 from jaxserve.config import ExpertsSpec, MlpSpec
+from jaxserve.errors import UnsupportedError
 from jaxserve.layers.activation import activate
 from jaxserve.layers.param import Axis, Declare, Orientation, Weight
 from jaxserve.layers.runtime import Runtime
@@ -68,6 +69,11 @@ class Experts(nnx.Module):
 
     def __init__(self, spec: MlpSpec, embed: Axis, declare: Declare) -> None:
         assert spec.experts is not None
+        if declare.quantize is not None:
+            raise UnsupportedError(
+                f"quantize={declare.quantize.value!r} is not supported with experts; leave it out, "
+                "or use a model without experts"
+            )
         self.spec, self.taken = spec, spec.experts.per_token
         declare = replace(declare, orientation=Orientation.OUT_IN)
         experts, ffn = Axis("experts", spec.experts.count), declare.ffn(spec.ffn_dim)

@@ -79,14 +79,15 @@ class Padding:
         Raises:
             UsageError: it does not; the message names the sizes that would.
         """
+        width = math.gcd(config.embed_dim, config.table_dim or config.embed_dim)
         for axes in self._widths():
             count = self._count(axes)
-            if config.embed_dim % count:
+            if width % count:
                 lies = "*".join(axes)
-                legal = (n for n in range(1, _SHOWN + 1) if config.embed_dim % n == 0)
+                legal = (n for n in range(1, _SHOWN + 1) if width % n == 0)
                 raise UsageError(
-                    f"embed_dim={config.embed_dim} does not divide over {lies}={count}, and the "
-                    f"width is not padded; use a mesh with {lies} in "
+                    f"embed_dim={config.embed_dim}{_of_table(config)} does not divide over "
+                    f"{lies}={count}, and the width is not padded; use a mesh with {lies} in "
                     f"{{{', '.join(map(str, legal))}}}"
                 )
 
@@ -114,6 +115,10 @@ class Padding:
     def _count(self, axes: tuple[str, ...]) -> int:
         sizes = dict(self.sizes)
         return math.prod(sizes[axis] for axis in axes)
+
+
+def _of_table(config: ModelConfig) -> str:
+    return "" if config.table_dim is None else f" with table_dim={config.table_dim}"
 
 
 def _up(size: int, multiple: int) -> int:

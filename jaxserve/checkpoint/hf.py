@@ -161,7 +161,7 @@ class HfReader:
         source = self._sources[name]
         if not source.stacked:
             return self._selected(source, source.tensor)[index]
-        first, rest = index[0], index[1:]
+        first, rest = (index[0], index[1:]) if index else (slice(None), ())
         return np.stack([self._selected(source, tensor)[rest] for tensor in source.stacked[first]])
 
     def _selected(self, source: Source, tensor: str) -> np.ndarray:

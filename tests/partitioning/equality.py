@@ -22,10 +22,12 @@ from jaxserve.config import (
     AlibiSpec,
     AttentionSpec,
     BlockKind,
+    ExpertsSpec,
     LayerSpec,
     MlpSpec,
     ModelConfig,
     NormKind,
+    NormPlace,
     NormSpec,
     Quantization,
     RopeSpec,
@@ -81,6 +83,22 @@ _palm = LayerSpec(
     mlp_norm=False,
 )
 
+_opt = LayerSpec(
+    AttentionSpec(6, 6, 4, qkv_bias=True, out_bias=True),
+    MlpSpec(28, Activation.RELU, gated=False, bias=True),
+    LAYER,
+    norm_place=NormPlace.SUM,
+)
+_qwen3 = LayerSpec(
+    AttentionSpec(6, 2, 8, rope=RopeSpec(8), qk_norm=RMS, qkv_clip=1.0),
+    MlpSpec(36, Activation.SILU, gated=True),
+    RMS,
+)
+_experts = replace(
+    _llama,
+    mlp=MlpSpec(20, Activation.SILU, gated=True, experts=ExpertsSpec(5, 2, renormalised=False)),
+)
+
 FAMILIES: dict[str, ModelConfig] = {
     "llama": _config((_llama,) * 2),
     "gemma2": _config(
@@ -93,6 +111,16 @@ FAMILIES: dict[str, ModelConfig] = {
     "falcon": _config((_falcon,) * 2, norm=LAYER, tied=True),
     "alibi": _config((_bloom,) * 2, norm=LAYER),
     "palm": _config((_palm,) * 2, logits_scale=0.5, tied=True),
+    # Norms behind the sums, learned positions, embeddings of another width.
+    "opt": _config(
+        (_opt,) * 2, norm=None, tied=True, num_positions=70, table_dim=24, embed_norm=LAYER
+    ),
+    # Norms of heads, clipped projections, a head of unit rows; key heads vary from layer to layer.
+    "varied": _config(
+        (_qwen3, replace(_qwen3, attention=replace(_qwen3.attention, num_kv_heads=3))),
+        unit_head=True,
+    ),
+    "experts": _config((_experts,) * 2),
 }
 
 
