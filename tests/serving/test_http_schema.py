@@ -1,9 +1,8 @@
 """Requests made from the OpenAPI schema: whatever is sent, no failure of the server and no hang.
 
-`JAXSERVE_SCHEMA_CASES` sets how many are made of each route; 500 are several thousand in all.
+Each run sends the same few to each route, the slow tests thousands that differ from run to run.
 """
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -27,8 +26,8 @@ from jaxserve.serving.http.background import BackgroundServer, serve_in_backgrou
 from jaxserve.serving.server_options import ServerOptions
 from jaxserve.serving.service import LocalService
 
-FEW = 25
-CASES = int(os.environ.get("JAXSERVE_SCHEMA_CASES", FEW))
+FEW, MANY = 25, 250
+"""Requests to each route and mode, of which there are more than twenty."""
 TIMEOUT_S = 10.0
 
 CHECKS = [
@@ -60,25 +59,28 @@ ROUTES = {
 
 
 @pytest.mark.parametrize(
+    "cases", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+@pytest.mark.parametrize(
     ("route", "mode"),
     [(route, GenerationMode.POSITIVE) for route in ROUTES]
     + [(route, GenerationMode.NEGATIVE) for route, reads in ROUTES.items() if reads],
     ids=lambda value: getattr(value, "value", value),
 )
 def test_whatever_is_sent_is_answered_as_the_schema_says(
-    server: BackgroundServer, route: str, mode: GenerationMode
+    server: BackgroundServer, route: str, mode: GenerationMode, cases: int
 ) -> None:
     schema = schemathesis.openapi.from_dict(server.app.openapi())
     schema.config.update(base_url=server.url)
     method, path = route.split(" ")
-    cases = schema[path][method].as_strategy(generation_mode=mode)
+    made = schema[path][method].as_strategy(generation_mode=mode)
     statuses: Counter[int] = Counter()
 
     @settings(
-        max_examples=CASES,
+        max_examples=cases,
         deadline=None,
         database=None,
-        derandomize=CASES == FEW,
+        derandomize=cases == FEW,
         suppress_health_check=[
             HealthCheck.filter_too_much,
             HealthCheck.too_slow,
@@ -88,7 +90,7 @@ def test_whatever_is_sent_is_answered_as_the_schema_says(
     )
     @given(st.data())
     def send(data: st.DataObject) -> None:
-        case = data.draw(cases)
+        case = data.draw(made)
         if data.draw(st.booleans()):
             # Or nearly every request would be for a model that is not there.
             if "name" in case.path_parameters:
