@@ -33,7 +33,7 @@ def describe(info: CheckpointInfo) -> dict[str, Any]:
         "max_context_tokens": config.max_context_tokens,
         "tied_embeddings": config.tied,
         "layer_kinds": [
-            {"count": count, "layer": _layer(spec)}
+            {"count": count, "layer": _layer(spec, config.num_positions)}
             for spec, count in Counter(config.layers).items()
         ],
         "parameters": parameters,
@@ -67,16 +67,18 @@ def table(facts: dict[str, Any]) -> str:
     return "\n".join(f"{name:<12} {value}" for name, value in lines)
 
 
-def _layer(spec: LayerSpec) -> str:
-    """Returns one layer in words."""
+def _layer(spec: LayerSpec, learned: int | None) -> str:
+    """Returns one layer in words; `learned` positions stand beside the embedding."""
     a, m = spec.attention, spec.mlp
     kind = {1: "MQA", a.num_heads: "MHA"}.get(a.num_kv_heads, "GQA")
-    position = "rope" if a.rope is not None else "alibi" if a.alibi is not None else "no positions"
+    position = "rope" if a.rope is not None else "alibi" if a.alibi is not None else ""
+    position = position or ("no positions" if learned is None else f"{learned} learned positions")
     window = "" if a.window is None else f", window {a.window}"
     gate = "gated " if m.gated else ""
+    experts = "" if m.experts is None else f", {m.experts.per_token} of {m.experts.count} experts"
     return (
         f"{spec.block} block, {spec.norm.kind} norm; {kind} {a.num_heads}/{a.num_kv_heads} heads "
-        f"of {a.head_dim}, {position}{window}; {gate}{m.activation} MLP {m.ffn_dim}"
+        f"of {a.head_dim}, {position}{window}; {gate}{m.activation} MLP {m.ffn_dim}{experts}"
     )
 
 
