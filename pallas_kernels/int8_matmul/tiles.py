@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxserve.pallas_kernels.int8_matmul import Mode
+from jaxserve.pallas_kernels.tuning import UNTUNED, current_chip, tuned
 
 LANES = 128
+
+ROWS = (16, 256)
+"""Numbers of rows that the table is tuned at: decoding, and a prompt's chunk."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Sizes of one kernel's blocks: rows of activations, output channels, inputs."""
+    """Sizes of one kernel's blocks.
+
+    Attributes:
+        rows, channels, inputs: of activations, of outputs, of the contraction.
+        origin: where the sizes come from.
+    """
 
     rows: int
     channels: int
     inputs: int
+    origin: str = UNTUNED
 
     def within(self, rows: int, inputs: int, channels: int) -> Tile:
         """Returns the tile with no side longer than the operands, in whole registers."""
-        return Tile(
-            min(self.rows, _whole(rows, 32)),
-            min(self.channels, _whole(channels, LANES)),
-            min(self.inputs, _whole(inputs, LANES)),
+        return replace(
+            self,
+            rows=min(self.rows, _whole(rows, 16)),
+            channels=min(self.channels, _whole(channels, LANES)),
+            inputs=min(self.inputs, _whole(inputs, LANES)),
         )
 
 
@@ -30,8 +41,20 @@ def _whole(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
-def tile_for(rows: int, inputs: int, channels: int, mode: Mode) -> Tile:
-    """Returns the tile of a shape."""
-    if rows <= 64:
+def tile_for(rows: int, inputs: int, channels: int, mode: Mode, chip: str | None = None) -> Tile:
+    """Returns the tile of a shape, tuned for the chip where the table has it.
+
+    Args:
+        chip: see `tuning.current_chip`, which None asks.
+    """
+    chip = chip or current_chip()
+    few = rows <= 64
+    row = tuned(
+        "int8_matmul", chip, mode=mode.value, rows=ROWS[0] if few else ROWS[1],
+        inputs=inputs, channels=channels,
+    )  # fmt: skip
+    if row is not None:
+        return Tile(*row["tile"], origin=row["origin"])
+    if few:
         return Tile(64, 1024, 1024)
     return Tile(256, 512, 2048 if mode is Mode.W8A16 else 1024)
