@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from jaxserve.benchmark.serve_cli import serve
-from jaxserve.errors import JaxserveError
+from jaxserve.errors import JaxserveError, UsageError
 from jaxserve.mesh_cli import (
     AttentionOption,
     DevicesOption,
@@ -22,9 +22,34 @@ app = typer.Typer(help="Measure the engine on this machine, or a server.", no_ar
 app.command()(serve)
 
 
-@app.callback()
-def _bench() -> None:
+@app.callback(invoke_without_command=True)
+def _bench(
+    context: typer.Context,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="layout.json whose estimates are held against this machine"),
+    ] = None,
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="of that layout: tiny, a directory or a name")
+    ] = "tiny",
+    json_output: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
     """Measure the engine on this machine, or a server."""
+    if context.invoked_subcommand is not None:
+        if against is not None:
+            raise UsageError("--against stands alone: jaxserve bench --against layout.json")
+        return
+    if against is None:
+        raise UsageError("give a command, or --against layout.json; see jaxserve bench --help")
+    from rich.console import Console
+
+    from jaxserve.benchmark.against import against as hold
+
+    found = hold(model, against)
+    if json_output:
+        typer.echo(json.dumps(found.fields()))
+    else:
+        Console(width=100, highlight=False).print(found)
 
 
 @app.command()
