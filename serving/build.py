@@ -8,7 +8,7 @@ Nothing is compiled before a shape is first used, unless `runner.warm_up()` is c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from jaxserve.errors import UsageError
@@ -53,6 +53,10 @@ class ModelEngine:
         context = program.model.config.max_context_tokens
         shards = program.comm.num_shards
         each = of_one_shard(options, shards)
+        ropes = [layer.attention.rope for layer in program.model.config.pattern]
+        if any(rope is not None and rope.by_length for rope in ropes):
+            # Keys of equal beginnings differ where prompts differ in length.
+            each = replace(each, prefix_cache=False)
         scheduling = scheduler_config(each, runner.geometry, context, shards)
         return cls(Engine(runner, scheduling), runner)
 

@@ -422,8 +422,19 @@ def test_of_every_family(name: str, dtype: str) -> None:
     used = ModelEngine.create(*loaded, options).engine
     assert serve(used, requests) == wanted
     assert serve(used, requests) == wanted  # and once more, from pages that are there
-    windows = {layer.attention.window for layer in loaded.program.model.config.layers}
-    assert used.metrics.scheduler.prefix_hit_tokens > 0 or windows != {None}
+    attentions = [layer.attention for layer in loaded.program.model.config.layers]
+    if all(a.window is None and not (a.rope and a.rope.by_length) for a in attentions):
+        assert used.metrics.scheduler.prefix_hit_tokens > 0
+
+
+def test_of_prompts_that_begin_alike_where_keys_depend_on_the_length() -> None:
+    loaded = checkpoint(GOLDEN / "llama-dynamic", "float32")
+    prompt = random_prompt(np.random.default_rng(0), 23, loaded.program.model.config.vocab_size)
+    requests = [request(i, prompt[:end], temperature=0.0) for i, end in enumerate((23, 17))]
+    wanted = functional(loaded, requests, width=23, slots=35)
+    options = EngineOptions(max_sequences=2, max_step_tokens=16, page_size=8)
+    used = ModelEngine.create(*loaded, options).engine
+    assert serve(used, requests[:1]) | serve(used, requests[1:]) == wanted
 
 
 @pytest.mark.slow
