@@ -15,7 +15,7 @@ from jaxserve.config import (
 )
 from jaxserve.errors import ConfigError, UnsupportedError
 from jaxserve.models.family import Family, Source
-from jaxserve.models.fields import Fields
+from jaxserve.models.fields import IRRELEVANT, Fields
 from jaxserve.models.tensors import embedding_sources, norm_sources, stacked_sources
 
 # Dropout, initialisation, another program's kernels, and labels of published models.
@@ -61,8 +61,9 @@ def _attention(fields: Fields, embed_dim: int) -> AttentionSpec:
         raise ConfigError(f"n_heads={heads} does not divide d_model={embed_dim}")
     scale = clip = None
     if (table := fields.table("attn_config")) is not None:
-        table.irrelevant("attn_impl", "attn_pdrop", "model_type", "transformers_version")
-        table.irrelevant("dtype", "torch_dtype")
+        # Some saved it as a config of its own, with all that has.
+        table.irrelevant(*IRRELEVANT, "attn_impl", "attn_pdrop", "id2label", "label2id")
+        table.only("is_encoder_decoder", (False,), "it generates left to right")
         table.only("attn_type", ("multihead_attention",), "every head has its own keys")
         table.only("alibi", (True,), "positions are ALiBi's")
         table.only("alibi_bias_max", (8,), "slopes begin at a half")

@@ -13,8 +13,10 @@ from jaxserve.config import (
     Activation,
     AlibiSpec,
     BlockKind,
+    ExpertsSpec,
     ModelConfig,
     NormKind,
+    NormPlace,
     RopeScaling,
     RopeSpec,
 )
@@ -57,17 +59,84 @@ MINIMAL |= {
         "phi3": "Phi3",
         "gemma": "Gemma",
         "gemma3_text": "Gemma3",
+        "mixtral": "Mixtral",
+        "qwen3_moe": "Qwen3Moe",
+        "gpt_neox": "GPTNeoX",
     }.items()
 }
+del MINIMAL["gpt_neox"]["num_key_value_heads"]
+MINIMAL["baichuan"] = LLAMA | {
+    "architectures": ["BaichuanForCausalLM"],
+    "model_type": "baichuan",
+    "max_position_embeddings": 64,
+}
+MINIMAL["decilm"] = LLAMA | {
+    "architectures": ["DeciLMForCausalLM"],
+    "model_type": "deci",
+    "num_key_value_heads_per_layer": [3, 1],
+}
+MINIMAL["opt"] = {
+    "architectures": ["OPTForCausalLM"],
+    "model_type": "opt",
+    "hidden_size": 24,
+    "ffn_dim": 28,
+    "num_attention_heads": 3,
+    "num_hidden_layers": 2,
+    "vocab_size": 61,
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "n_embd": 24,
+        "n_head": 3,
+        "n_layer": 2,
+        "vocab_size": 61,
+    },
+    "bloom": {
+        "architectures": ["BloomForCausalLM"],
+        "model_type": "bloom",
+        "hidden_size": 24,
+        "n_head": 3,
+        "vocab_size": 61,
+    },
+    "mpt": {
+        "architectures": ["MPTForCausalLM"],
+        "model_type": "mpt",
+        "d_model": 24,
+        "n_heads": 3,
+        "n_layers": 2,
+        "vocab_size": 61,
+    },
+    "chatglm": {
+        "architectures": ["ChatGLMModel"],
+        "model_type": "chatglm",
+        "hidden_size": 24,
+        "ffn_hidden_size": 28,
+        "kv_channels": 8,
+        "multi_query_group_num": 1,
+        "num_attention_heads": 3,
+        "num_layers": 2,
+        "padded_vocab_size": 61,
+        "seq_length": 64,
+    },
+}
+"""Those that call common fields otherwise."""
+
+SMALL = MINIMAL | OTHERS
 
 
 def read(hf: dict[str, Any]) -> ModelConfig:
     return family_for(hf).config(hf)
 
 
-@pytest.mark.parametrize("name", MINIMAL)
+def test_every_family_has_a_small_config_here() -> None:
+    assert SMALL.keys() == {family.name for family in families()}
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_the_architecture_decides_the_family(name: str) -> None:
-    hf = MINIMAL[name]
+    hf = SMALL[name]
     assert family_for(hf).name == name
     assert read(hf).family == name
     without = {key: value for key, value in hf.items() if key != "architectures"}
@@ -105,10 +174,10 @@ def test_an_unknown_family_is_refused_with_the_supported_ones() -> None:
         family_named("mamba")
 
 
-@pytest.mark.parametrize("name", MINIMAL)
+@pytest.mark.parametrize("name", SMALL)
 def test_an_unknown_field_is_refused_by_name(name: str) -> None:
     with pytest.raises(ConfigError, match=f"qk_norm_scale=3.*{name} family"):
-        read(MINIMAL[name] | {"qk_norm_scale": 3})
+        read(SMALL[name] | {"qk_norm_scale": 3})
 
 
 @pytest.mark.parametrize("name", MINIMAL)
@@ -149,6 +218,14 @@ def test_a_missing_field_is_refused_by_name(name: str, field: str) -> None:
         ),
         (MINIMAL["gemma3"], {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         (MINIMAL["phi3"], {"attention_bias": True}, "attention_bias=True is not supported"),
+        (MINIMAL["opt"], {"layer_norm_elementwise_affine": False}, "elementwise_affine=False"),
+        (OTHERS["mpt"], {"attn_config": {"qk_ln": True}}, "attn_config.qk_ln=True"),
+        (OTHERS["mpt"], {"attn_config": {"alibi": False}}, "attn_config.alibi=False"),
+        (OTHERS["mpt"], {"logit_scale": 2.0}, "logit_scale is not supported"),
+        (OTHERS["bloom"], {"apply_residual_connection_post_layernorm": True}, "layernorm=True"),
+        (OTHERS["chatglm"], {"quantization_bit": 4}, "quantization_bit=4"),
+        (OTHERS["chatglm"], {"rmsnorm": False}, "rmsnorm=False"),
+        (MINIMAL["qwen3_moe"], {"use_sliding_window": True}, "use_sliding_window=True"),
         (PALM, {"tie_word_embeddings": False}, "tie_word_embeddings=False is not supported"),
         (PALM, {"norm_type": "batch_norm"}, "norm_type='batch_norm'.*rms_norm, layer_norm"),
     ],
@@ -303,6 +380,70 @@ def test_longrope_turns_by_the_length_of_the_sequence() -> None:
     for row, factors in enumerate((rope.short_factors, rope.long_factors)):
         wanted = np.cos(3 * plain / np.asarray(factors)) * rope.attention_factor
         np.testing.assert_allclose(cos[row, 0], wanted, rtol=1e-6)
+
+
+def test_gpt_2_scales_scores_by_the_layer_where_it_is_told_to() -> None:
+    config = read(OTHERS["gpt2"] | {"scale_attn_by_inverse_layer_idx": True})
+    scales = [layer.attention.score_scale for layer in config.layers]
+    assert scales == pytest.approx([8**-0.5, 8**-0.5 / 2])
+    assert config.num_positions == config.max_context_tokens == 1024
+
+
+def test_opt_350m_norms_sums_and_has_a_table_of_another_width() -> None:
+    plain = read(MINIMAL["opt"])
+    assert (plain.layers[0].norm_place, plain.table_dim) == (NormPlace.INPUT, None)
+    assert plain.final_norm is not None
+    small = read(MINIMAL["opt"] | {"do_layer_norm_before": False, "word_embed_proj_dim": 16})
+    assert (small.layers[0].norm_place, small.table_dim) == (NormPlace.SUM, 16)
+    assert small.final_norm is None
+
+
+def test_positions_of_opt_begin_at_row_2() -> None:
+    family = family_named("opt")
+    table = family.sources(read(MINIMAL["opt"] | {"max_position_embeddings": 5}))
+    source = table["entrance.positions.table"]
+    assert source.shape == (7, 24)
+    rows = np.broadcast_to(np.arange(7)[:, None], (7, 24))
+    np.testing.assert_array_equal(source.select(rows)[:, 0], [2, 3, 4, 5, 6])
+
+
+def test_baichuan_has_alibi_where_its_context_has_another_name() -> None:
+    seven = read(MINIMAL["baichuan"])
+    assert seven.unit_head and seven.layers[0].attention.rope is not None
+    hf = {key: value for key, value in MINIMAL["baichuan"].items() if "max_pos" not in key}
+    thirteen = read(hf | {"model_max_length": 64}).layers[0].attention
+    assert thirteen.rope is None and thirteen.alibi == AlibiSpec()
+
+
+def test_key_heads_of_decilm_vary_by_layer() -> None:
+    config = read(MINIMAL["decilm"])
+    assert [layer.attention.num_kv_heads for layer in config.layers] == [3, 1]
+    assert len(config.cache_groups("bfloat16")) == 2
+    with pytest.raises(ConfigError, match=r"per_layer=\[3\] must have num_hidden_layers=2"):
+        read(MINIMAL["decilm"] | {"num_key_value_heads_per_layer": [3]})
+
+
+def test_qwen_3_takes_experts_out_of_layers() -> None:
+    hf = MINIMAL["qwen3_moe"] | {"num_hidden_layers": 4, "decoder_sparse_step": 2}
+    experts = [layer.mlp.experts for layer in read(hf | {"mlp_only_layers": [3]}).layers]
+    assert experts == [None, ExpertsSpec(128, 8, renormalised=False), None, None]
+
+
+def test_weights_of_experts_come_from_a_tensor_each() -> None:
+    family = family_named("mixtral")
+    source = family.sources(read(MINIMAL["mixtral"]))["layers.1.mlp.down"]
+    assert source.shape == (24, 28)
+    assert source.tensors == tuple(
+        f"model.layers.1.block_sparse_moe.experts.{index}.w2.weight" for index in range(8)
+    )
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bloom"])
+def test_tensors_of_a_model_without_its_head_get_their_prefix(name: str) -> None:
+    family = family_named(name)
+    assert family.full_names({"h.0.x": 1}) == {f"{family.base}h.0.x": 1}
+    whole = {f"{family.base}h.0.x": 1, "lm_head.weight": 2}
+    assert family.full_names(whole) == whole
 
 
 def test_falcon_variants_differ_in_block_norms_and_heads() -> None:
