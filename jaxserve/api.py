@@ -44,6 +44,7 @@ from jaxserve.serving.options import EngineOptions
 from jaxserve.serving.placing import placed, places_of, program_of, sized, spread_logits
 from jaxserve.serving.request import Completion, Request, SamplingParams, TokenEvent
 from jaxserve.serving.runner import CompileReport, ModelRunner
+from jaxserve.serving.views import views
 from jaxserve.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
@@ -193,8 +194,12 @@ class LLM:
 
     @property
     def params(self) -> Params:
-        """Returns the weights as a tree of arrays, as stored on the device."""
-        return self._params
+        """Returns the weights as a tree of arrays.
+
+        On one device it is what is stored. A mesh interleaves weights and may keep layers together;
+        here each has its own, cut out when it is asked for.
+        """
+        return views(self.program.model, self._params, places_of(self.program))
 
     @property
     def layout(self) -> LayoutView:
@@ -361,7 +366,7 @@ class LLM:
             )
         self.intake.check_ids([int(token) for token in tokens.ravel()])
         rows = tokens.reshape(-1, tokens.shape[-1]).astype(np.int32)
-        out = self._logits(self.params, rows)
+        out = self._logits(self._params, rows)
         return out.reshape(*tokens.shape, -1)
 
     def _request(self, prompt: Prompt, asked: SamplingParams, **fields: Any) -> Request:

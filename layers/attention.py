@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from jax import Array
 
 from jaxserve.config import AttentionSpec
 from jaxserve.layers.cache import AnyCache, At
-from jaxserve.layers.linear import linear, linear_group
+from jaxserve.layers.linear import Product, linear, linear_group
 from jaxserve.layers.norm import Norm
 from jaxserve.layers.param import Axis, Declare
 from jaxserve.layers.rope import rotate
@@ -21,28 +23,38 @@ from jaxserve.partitioning.layout import Stage
 
 
 class Attention(nnx.Module):
-    """Multi-head, grouped or multi-query attention over a cache."""
+    """Multi-head, grouped or multi-query attention over a cache.
 
-    def __init__(self, spec: AttentionSpec, embed: Axis, declare: Declare) -> None:
+    Attributes:
+        first: outputs of the first projections.
+        qkv: these projections; None where the block has them.
+    """
+
+    def __init__(
+        self, spec: AttentionSpec, embed: Axis, declare: Declare, joint: bool = False
+    ) -> None:
         self.spec = declare.attention(spec)
         heads, kv_heads = declare.heads(spec)
         head = Axis("head", spec.head_dim)
         self.heads = heads
-        self.qkv = declare.group(
-            (embed,), spec.qkv_bias, q=(heads, head), k=(kv_heads, head), v=(kv_heads, head)
-        )
+        self.first = {"q": (heads, head), "k": (kv_heads, head), "v": (kv_heads, head)}
+        self.qkv = None if joint else declare.group((embed,), spec.qkv_bias, **self.first)
         self.out = declare.weight((heads, head), (embed,), spec.out_bias)
         self.q_norm = None if spec.qk_norm is None else Norm(spec.qk_norm, head, declare)
         self.k_norm = None if spec.qk_norm is None else Norm(spec.qk_norm, head, declare)
 
     def project(self, x: Array, run: Runtime) -> list[Part]:
         """Returns what x[T, embed] gives to attention: q[T, N, H], k and v[T, K, H]."""
+        assert self.qkv is not None
         with jax.named_scope("qkv"):
-            pairs = linear_group(x, self.qkv, run.comm, run.kernels)
+            return self.parts(linear_group(x, self.qkv, run.comm, run.kernels))
+
+    def parts(self, products: Sequence[Product]) -> list[Part]:
+        """Returns queries, keys and values on their way."""
         heads = (None, self.spec.num_kv_heads, self.spec.num_kv_heads)
         return [
-            Part(y, Stage.QUERY, kv_heads, bias)
-            for (y, bias), kv_heads in zip(pairs, heads, strict=True)
+            Part(y, Stage.QUERY, kv_heads, bias, bundle)
+            for (y, bias, bundle), kv_heads in zip(products, heads, strict=True)
         ]
 
     def finish(

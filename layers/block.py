@@ -10,23 +10,41 @@ from jax import Array
 from jaxserve.config import BlockKind, LayerSpec, NormPlace
 from jaxserve.layers.attention import Attention
 from jaxserve.layers.cache import AnyCache, At
+from jaxserve.layers.linear import linear_group
 from jaxserve.layers.mlp import Mlp
 from jaxserve.layers.moe import Experts
 from jaxserve.layers.norm import Norm
 from jaxserve.layers.param import Axis, Declare, Weight
 from jaxserve.layers.runtime import Runtime
+from jaxserve.partitioning.collectives import Part
 from jaxserve.partitioning.layout import Stage
 
 
 class Block(nnx.Module):
-    """Attention and MLP, in series or side by side, with their norms."""
+    """Attention and MLP, in series or side by side, with their norms.
+
+    Attributes:
+        first: the first projections of both, where they share an input and a mesh cuts them alike;
+            else None, and each part has its own.
+    """
 
     def __init__(self, spec: LayerSpec, embed: Axis, declare: Declare) -> None:
         self.spec = spec
         self.attention_norm = Norm(spec.norm, embed, declare)
-        self.attention = Attention(spec.attention, embed, declare)
+        joint = declare.joint(spec)
+        self.attention = Attention(spec.attention, embed, declare, joint)
         self.mlp_norm = Norm(spec.norm, embed, declare) if spec.mlp_norm else None
-        self.mlp = (Mlp if spec.mlp.experts is None else Experts)(spec.mlp, embed, declare)
+        if spec.mlp.experts is None:
+            self.mlp = Mlp(spec.mlp, embed, declare, joint)
+        else:
+            self.mlp = Experts(spec.mlp, embed, declare)
+        first = None
+        if joint:
+            assert isinstance(self.mlp, Mlp)
+            names = {f"attention.{name}": axes for name, axes in self.attention.first.items()}
+            names |= {f"mlp.{name}": axes for name, axes in self.mlp.first.items()}
+            first = declare.group((embed,), spec.mlp.bias, **names)
+        self.first = first
         self.attention_post_norm = Norm(spec.norm, embed, declare) if spec.post_norms else None
         self.mlp_post_norm = Norm(spec.norm, embed, declare) if spec.post_norms else None
 
@@ -49,8 +67,7 @@ class Block(nnx.Module):
         first = self.attention_norm(h, comm, Stage.INPUT)
         second = first if self.mlp_norm is None else self.mlp_norm(h, comm, Stage.INPUT)
         run = self._routed(second, layer, run)
-        parts = [*self.attention.project(first, run), *self.mlp.project(second, run)]
-        q, k, v, *hidden = comm.distribute(parts)
+        q, k, v, *hidden = comm.distribute(self._project(first, second, run))
         attended, cache = self.attention.finish(q, k, v, layer, cache, run)
         with jax.named_scope("mlp"):
             fed = self.mlp.finish(*hidden, run=run)
@@ -62,6 +79,15 @@ class Block(nnx.Module):
             ), cache
         added = comm.move(attended + fed, Stage.PRODUCED, Stage.RESIDUAL)
         return x + self._biased(self._biased(added, out, run), down, run), cache
+
+    def _project(self, first: Array, second: Array, run: Runtime) -> list[Part]:
+        """Returns what the parts' inputs give to attention and to the non-linearity."""
+        if self.first is None:
+            return [*self.attention.project(first, run), *self.mlp.project(second, run)]
+        with jax.named_scope("first"):
+            q, k, v, *hidden = linear_group(first, self.first, run.comm, run.kernels)
+        assert isinstance(self.mlp, Mlp)
+        return [*self.attention.parts([q, k, v]), *self.mlp.parts(hidden)]
 
     def _in_series(
         self, x: Array, layer: At, cache: AnyCache, run: Runtime

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
 from jaxserve.config import Quantization
-from jaxserve.layers.param import Axes, Parameter, Weight, WeightGroup, size_of
+from jaxserve.layers.param import Axes, Joined, Parameter, Weight, WeightGroup
 from jaxserve.pallas_kernels import KernelSet
 from jaxserve.pallas_kernels.int8_matmul import Mode
-from jaxserve.partitioning.collectives import Comm
+from jaxserve.partitioning.collectives import Bundle, Comm
+
+
+class Product(NamedTuple):
+    """What one member of a group gives.
+
+    Attributes:
+        x: [T, *outputs].
+        bias: [*outputs], or None.
+        bundle: the product of several members that it is a part of, or None.
+    """
+
+    x: Array
+    bias: Array | None
+    bundle: Bundle | None = None
 
 
 def linear(
@@ -62,21 +78,27 @@ def rows_of(table: Weight, index: Array, comm: Comm) -> Array:
     return comm.lookup(table.values[...], index, scales, jnp.dtype(table.dtype))
 
 
-def linear_group(
-    x: Array, group: WeightGroup, comm: Comm, kernels: KernelSet
-) -> list[tuple[Array, Array | None]]:
-    """Returns x[T, *inputs] mapped by every member, with its bias: [T, *outputs] and [*outputs]."""
-    if group.fused is None:
-        each = [group.separate[name] for name, _ in group.members]
-        return [(linear(x, one, comm, kernels), _value(one.bias)) for one in each]
-    y, bias = linear(x, group.fused, comm, kernels), _value(group.fused.bias)
-    start, found = 0, []
-    for _, axes in group.members:
-        part = slice(start, start := start + size_of(axes))
-        shape = tuple(axis.size for axis in axes)
-        own = None if bias is None else bias[part].reshape(shape)
-        found.append((y[:, part].reshape(y.shape[0], *shape), own))
-    return found
+def linear_group(x: Array, group: WeightGroup, comm: Comm, kernels: KernelSet) -> list[Product]:
+    """Returns x[T, *inputs] mapped by every member, in order."""
+    found: dict[str, Product] = {}
+    for name, one in group.separate.items():
+        found[name] = Product(linear(x, one, comm, kernels), _value(one.bias))
+    if group.fused is not None and group.joined is not None:
+        found |= _products(x, group.fused, group.joined, comm, kernels)
+    return [found[name] for name, _ in group.members]
+
+
+def _products(
+    x: Array, fused: Weight, joined: Joined, comm: Comm, kernels: KernelSet
+) -> dict[str, Product]:
+    """Returns what the members of a fused weight give."""
+    rest = tuple(tuple(axis.size for axis in axes[1:]) for _, axes in joined.members)
+    bundle = Bundle(linear(x, fused, comm, kernels), joined.widths, rest)
+    biases: list[Array | None] = [None] * len(rest)
+    if (bias := _value(fused.bias)) is not None:
+        biases = [own[0] for own in bundle.split(bias[None])]
+    parts = zip(joined.members, bundle.split(bundle.x), biases, strict=True)
+    return {name: Product(y, bias, bundle) for (name, _), y, bias in parts}
 
 
 def _named(axes: Axes) -> list[tuple[str, int]]:

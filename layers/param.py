@@ -15,7 +15,7 @@ Values are abstract here; parameters live outside, in a plain tree of the same p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, NamedTuple, cast
@@ -25,8 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxserve.config import AttentionSpec, Quantization
-from jaxserve.errors import UsageError
+from jaxserve.config import AttentionSpec, BlockKind, LayerSpec, Quantization
 from jaxserve.partitioning.padding import Padding
 
 
@@ -42,17 +41,48 @@ class Runs(NamedTuple):
     stride: int
 
 
+class Joined(NamedTuple):
+    """Outputs of several weights in one axis, flattened.
+
+    Attributes:
+        members: name -> outputs, in order.
+        shares: into how many pieces they are cut; in each piece those of all members follow each
+            other.
+    """
+
+    members: tuple[tuple[str, Axes], ...]
+    shares: int
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Returns the features of a piece, by member."""
+        return tuple(size_of(axes) // self.shares for _, axes in self.members)
+
+
 class Axis(NamedTuple):
-    """A logical axis: a word such as "embed", its size, and where it is not padded, if it is."""
+    """A logical axis: a word such as "embed", its size, and what lies in it where.
+
+    Attributes:
+        runs: where it is not padded, if it is.
+        joined: the outputs that it is made of, if they are several weights'.
+    """
 
     name: str
     size: int
     runs: Runs | None = None
+    joined: Joined | None = None
 
     @property
     def real(self) -> int:
         """Returns the size without padding."""
+        if self.joined is not None:
+            return sum(_real_size_of(axes) for _, axes in self.joined.members)
         return self.size if self.runs is None else self.runs.number * self.runs.real
+
+    @property
+    def padded(self) -> bool:
+        """Returns whether some of it is padding."""
+        return self.real < self.size
 
     def spans(self) -> list[tuple[int, int, int]]:
         """Returns (start, start without padding, length) of each run."""
@@ -120,10 +150,14 @@ class Weight(nnx.Module):
 class WeightGroup(nnx.Module):
     """Linear maps with a common input: `members` in order, stored apart or as one weight.
 
+    On a mesh a fused weight is cut as its members are: every device has its own part of each, and
+    what is scattered later lies as it will be. Members that are cut otherwise stay apart.
+
     Attributes:
         members: name -> output axes, in the order in which outputs are returned.
-        fused: one Weight whose outputs are all members' outputs end to end, or None.
-        separate: name -> Weight where not fused, else empty.
+        joined: how some of them lie in one weight, or None.
+        fused: that weight, or None.
+        separate: name -> Weight of the others.
     """
 
     def __init__(
@@ -131,15 +165,16 @@ class WeightGroup(nnx.Module):
     ) -> None:
         self.inputs = inputs
         self.members = tuple(members.items())
-        if declare.fuse:
-            total = sum(size_of(axes) for axes in members.values())
-            self.fused = declare.weight(inputs, (Axis("fused", total),), bias)
-            self.separate = nnx.Dict({})
-        else:
-            self.fused = None
-            self.separate = nnx.Dict(
-                {name: declare.weight(inputs, axes, bias) for name, axes in members.items()}
-            )
+        self.joined = declare.joined(self.members)
+        fused, apart = None, dict(members)
+        if (joined := self.joined) is not None:
+            size = joined.shares * sum(joined.widths)
+            fused = declare.weight(inputs, (Axis("fused", size, joined=joined),), bias)
+            apart = {n: axes for n, axes in members.items() if n not in dict(joined.members)}
+        self.fused = fused
+        self.separate = nnx.Dict(
+            {name: declare.weight(inputs, axes, bias) for name, axes in apart.items()}
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +186,8 @@ class Declare:
         orientation: which side of a weight comes first. XLA on CPU reads bfloat16 about twice
             as fast with outputs first; and only so do a row's bits not depend on how many rows
             there are, in float32 too.
-        fuse: weights with a common input lie in one array (fewer, larger operations).
+        fuse: weights with a common input lie in one array (fewer, larger operations), on a mesh
+            those that it cuts alike.
         stack: layers that repeat lie in one array per parameter, and one program serves them all;
             otherwise each has its own, and the compiler sees every layer.
         copies: length of that array, while a repeated layer is declared.
@@ -167,15 +203,34 @@ class Declare:
     padding: Padding | None = None
     quantize: Quantization | None = None
 
-    def __post_init__(self) -> None:
-        if self.fuse and self.padding is not None:
-            raise UsageError("fuse=True joins weights that a mesh cuts apart; use fuse=False on it")
-
     @classmethod
     def best(cls, platform: str, dtype: str) -> Declare:
         """Returns how one device of `platform` ("cpu", "gpu", "tpu") stores weights best."""
         on_cpu = platform == "cpu"
         return cls(dtype, Orientation.OUT_IN if on_cpu else Orientation.IN_OUT, fuse=True)
+
+    def joined(self, members: tuple[tuple[str, Axes], ...]) -> Joined | None:
+        """Returns which of some weights with a common input lie in one array, and how."""
+        if not self.fuse:
+            return None
+        if self.padding is None:
+            return Joined(members, 1)
+        names = {axes[0].name for _, axes in members} & {"ffn", "heads"}
+        shares = math.lcm(*(self.padding.shares(name) for name in names))
+        fitting = tuple((n, axes) for n, axes in members if axes[0].size % shares == 0)
+        return Joined(fitting, shares) if len(fitting) > 1 else None
+
+    def joint(self, layer: LayerSpec) -> bool:
+        """Returns whether attention and MLP have their first projections in one array.
+
+        On a mesh, where their results then share a scatter without being put together.
+        """
+        if not self.fuse or self.padding is None:
+            return False
+        alike = self.padding.shares("heads") == self.padding.shares("ffn")
+        shared = layer.block is BlockKind.PARALLEL and not layer.mlp_norm
+        same = layer.attention.qkv_bias == layer.mlp.bias and layer.mlp.experts is None
+        return shared and alike and same
 
     def ffn(self, size: int) -> Axis:
         """Returns the axis of an MLP's features."""
@@ -257,6 +312,8 @@ def padded(values: Array, axes: Axes) -> Array:
     """
     first = values.ndim - len(axes)
     for dim, axis in enumerate(axes, first):
+        if axis.joined is not None and (axis.padded or axis.joined.shares > 1):
+            values = _as_stored(values, dim, axis.joined)
         if axis.runs is None:
             continue
         number, real, stride = axis.runs
@@ -269,6 +326,24 @@ def padded(values: Array, axes: Axes) -> Array:
         pad[dim] = (0, axis.size - number * stride)
         values = jnp.pad(joined, pad)
     return values
+
+
+def interleaved(parts: Sequence[Array], shares: int) -> Array:
+    """Returns [..., features] of several arrays in one: in each share, a share of each."""
+    cut = [part.reshape(*part.shape[:-1], shares, -1) for part in parts]
+    return jnp.concatenate(cut, axis=-1).reshape(*parts[0].shape[:-1], -1)
+
+
+def _as_stored(values: Array, dim: int, joined: Joined) -> Array:
+    """Returns values as they are stored, given the members' outputs end to end in `dim`."""
+    values = jnp.moveaxis(values, dim, -1)
+    start, pieces = 0, []
+    for _, axes in joined.members:
+        end = start + _real_size_of(axes)
+        own = values[..., start:end].reshape(*values.shape[:-1], *(axis.real for axis in axes))
+        pieces.append(padded(own, axes).reshape(*values.shape[:-1], -1))
+        start = end
+    return jnp.moveaxis(interleaved(pieces, joined.shares), -1, dim)
 
 
 def named_parameters(module: nnx.Module) -> Iterator[tuple[tuple[str | int, ...], Parameter]]:

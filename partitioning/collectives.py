@@ -10,8 +10,10 @@ the next. On one device nothing lies on a mesh: `LocalComm`. `MeshComm` runs ins
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
@@ -35,6 +37,35 @@ _TILE = 16, 128
 becomes an all-reduce there, which sends twice as much, unless they are laid out in full tiles."""
 
 
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """Results of one product side by side: in each share of its features, a share of each.
+
+    Attributes:
+        x: [T, shares * sum(widths)].
+        widths: features of a share of each result.
+        rest: dimensions of each result behind its first, which is cut into shares.
+    """
+
+    x: Array
+    widths: tuple[int, ...]
+    rest: tuple[tuple[int, ...], ...]
+
+    @property
+    def shares(self) -> int:
+        """Returns the shares that are here."""
+        return self.x.shape[1] // sum(self.widths)
+
+    def split(self, x: Array) -> list[Array]:
+        """Returns each result [T, features, *rest] of `x`, or of some rows or shares of it."""
+        rows, width = x.shape[0], sum(self.widths)
+        if x.shape[1] > width:
+            x = x.reshape(rows, -1, width)
+        ends = list(accumulate(self.widths))
+        cuts = zip(ends, self.widths, self.rest, strict=True)
+        return [x[..., end - own : end].reshape(rows, -1, *rest) for end, own, rest in cuts]
+
+
 class Part(NamedTuple):
     """One result of the first projections on its way.
 
@@ -43,12 +74,14 @@ class Part(NamedTuple):
         target: where it is needed.
         kv_heads: of keys and values, their number of heads in all.
         bias: [features, ...], added once it is there.
+        bundle: where it stands beside others, or None.
     """
 
     x: Array
     target: Stage
     kv_heads: int | None = None
     bias: Array | None = None
+    bundle: Bundle | None = None
 
 
 class Comm(Protocol):
@@ -261,7 +294,7 @@ class MeshComm:
             if first is None or first.kind is not Kind.REDUCE_SCATTER:
                 continue
             members = [i for i, other in enumerate(firsts) if other == first]
-            scattered = self._scatter_together([arrays[i] for i in members], first)
+            scattered = self._scatter_bundled([parts[i] for i in members], first)
             for i, array in zip(members, scattered, strict=True):
                 arrays[i] = array
                 plans[i] = plans[i][1:]
@@ -468,6 +501,27 @@ class MeshComm:
                 if move.to is Dim.TOKENS:
                     return self._to_tokens(x, move)
                 return self._to_features(x, move)
+
+    def _scatter_bundled(self, parts: Sequence[Part], move: Move) -> list[Array]:
+        """Returns [T, F, ...] {partial} summed and scattered in one collective.
+
+        A bundle all of which is there goes as it is: its shares are the pieces.
+        """
+        counts = Counter(part.bundle for part in parts)
+        own = [
+            part.bundle
+            if part.bundle is not None
+            and counts[part.bundle] == len(part.bundle.widths)
+            and (move.dim is Dim.TOKENS or part.bundle.shares == self._count(move.axes))
+            else None
+            for part in parts
+        ]
+        whole = list(dict.fromkeys(bundle for bundle in own if bundle is not None))
+        alone = [part.x for part, bundle in zip(parts, own, strict=True) if bundle is None]
+        found = self._scatter_together([*(bundle.x for bundle in whole), *alone], move)
+        split = {b: iter(b.split(x)) for b, x in zip(whole, found[: len(whole)], strict=True)}
+        rest = iter(found[len(whole) :])
+        return [next(rest if bundle is None else split[bundle]) for bundle in own]
 
     def _scatter_together(self, arrays: Sequence[Array], move: Move) -> list[Array]:
         """Returns [T, F, ...] {partial} summed and scattered in one collective."""

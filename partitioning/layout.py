@@ -174,7 +174,7 @@ class PhaseLayout:
         match axis:
             case "embed":
                 return () if one else ("x",)
-            case "ffn" | "heads" | "vocab":
+            case "ffn" | "heads" | "vocab" | "fused":
                 return HIDDEN_ORDER if one else ("z", "y")
             case "kv_heads":
                 return _dividing(HIDDEN_ORDER if one else ("z", "y"), size, sizes)

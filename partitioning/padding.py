@@ -68,6 +68,13 @@ class Padding:
             if devices % count == 0 or count % devices == 0
         )
 
+    def shares(self, axis: str) -> int:
+        """Returns into how many pieces the phases cut the "ffn" or the "heads", at the most.
+
+        Pieces are cut in the order z, y, x, so that those of a phase which cuts less are runs.
+        """
+        return self._pieces(axis, _OF_FFN if axis == "ffn" else _OF_HEADS)
+
     def attention(self, spec: AttentionSpec) -> AttentionSpec:
         """Returns the attention with padded heads."""
         heads, kv_heads = self.heads(spec.num_heads, spec.num_kv_heads)

@@ -28,6 +28,7 @@ from jaxserve.partitioning.mesh import Sharding, make_mesh, places
 from jaxserve.serving.generation import Program, logits
 from jaxserve.serving.options import EngineOptions
 from jaxserve.serving.sharded import EVERYWHERE, param_specs, spread
+from jaxserve.serving.views import leaves_of, single, stored
 
 
 def program_of(
@@ -40,20 +41,29 @@ def program_of(
     """Returns the program of a model.
 
     Args:
-        declare: how weights are stored, or a dtype, for what the devices do best. A mesh adds its
-            padding.
+        declare: how weights are stored, or a dtype, for what the devices do best: on a mesh of
+            accelerators layers that repeat lie in one array, so that however deep a model is, one
+            of them is compiled. A mesh adds its padding.
         layout: None, or one of a single device, takes one device.
         quantize: what is rounded, where `declare` is a dtype.
 
     Raises:
-        UsageError: there are too few devices.
+        UsageError: there are too few devices, or the weights are fused for one.
     """
     if isinstance(declare, str):
-        declare = Declare.best(jax.default_backend(), declare)
-        fuse = declare.fuse and _one_device(layout)
-        declare = replace(declare, fuse=fuse, quantize=quantize)
+        padding = None if layout is None or _one_device(layout) else layout.padding
+        platform = jax.default_backend()
+        repeats = padding is not None and config.num_layers > len(config.pattern)
+        stack = repeats and platform != "cpu"  # there a loop copies each layer's weights
+        best = Declare.best(platform, declare)
+        declare = replace(best, stack=stack, padding=padding, quantize=quantize)
     if layout is None or _one_device(layout):
         return Program(Model(config, declare), LocalComm(), kernels)
+    if declare.fuse and declare.padding is None:
+        raise UsageError(
+            "a mesh interleaves weights that are fused, and those given lie end to end; use "
+            "Declare(fuse=False), or load the model with a mesh"
+        )
     model = Model(config, replace(declare, padding=layout.padding))
     return Program.on(model, kernels, make_mesh(layout.mesh), layout.prefill, layout.decode)
 
@@ -88,30 +98,28 @@ def placed(program: Program, params: Params) -> Params:
     """Returns parameters as a program wants them: padded, and where they belong.
 
     Args:
-        params: in the tree of `program.model`; each in the model's shape, or without its padding.
+        params: in the tree of `program.model`, or one by one as `views` gives them; each in the
+            model's shape, or without its padding.
 
     Raises:
         UsageError: one is missing, left over or of another shape; the message names the first.
     """
-    place, leaves = places_of(program), dict(named_parameters(program.model.module()))
-    found = {_path(keys): value for keys, value in jax.tree.leaves_with_path(params)}
-    for path in [*leaves, *found]:
-        expected = _shapes(leaves[path]) if path in leaves else [None]
-        shape = found[path].shape if path in found else None
-        if shape not in expected:
-            raise UsageError(
-                f"params{_written(path)} has shape {shape}, expected {expected[0]}; params are "
-                "laid out as Model(config, declare).abstract_params() with the same declare"
-            )
-    flat: list[tuple[Any, Any]] = []
-    for path, leaf in leaves.items():
-        value, shape = found[path], leaf.get_value().shape
-        if value.shape != shape:
-            value = padded(value, leaf.logical)
-        flat.append(
-            (path, value if place is None else jax.device_put(value, place(leaf.axes, shape)))
-        )
-    return tree_of(flat) if place is not None else params
+    model, place = program.model, places_of(program)
+    alone, given = single(model), dict(leaves_of(params))
+    if (message := _misfit(model, given)) is not None:
+        if alone == model or _misfit(alone, given) is not None:
+            raise UsageError(message)
+        given = dict(leaves_of(stored(model, tree_of(_padded(alone, given).items()))))
+    elif place is None:
+        return params
+    flat = _padded(model, given)
+    if place is not None:
+        axes = {path: leaf.axes for path, leaf in named_parameters(model.module())}
+        flat = {
+            path: jax.device_put(value, place(axes[path], value.shape))
+            for path, value in flat.items()
+        }
+    return tree_of(flat.items())
 
 
 def spread_logits(program: Program) -> Callable[[Params, Array], Array]:
@@ -132,15 +140,35 @@ def spread_logits(program: Program) -> Callable[[Params, Array], Array]:
     return run
 
 
+def _misfit(model: Model, given: dict[Any, Any]) -> str | None:
+    """Returns what is wrong with parameters of a model, at the first that is; else None."""
+    leaves = dict(named_parameters(model.module()))
+    for path in [*leaves, *given]:
+        expected = _shapes(leaves[path]) if path in leaves else [None]
+        shape = given[path].shape if path in given else None
+        if shape not in expected:
+            return (
+                f"params{_written(path)} has shape {shape}, expected {expected[0]}; params are "
+                "laid out as Model(config, declare).abstract_params() with the same declare"
+            )
+    return None
+
+
+def _padded(model: Model, given: dict[Any, Any]) -> dict[Any, Any]:
+    """Returns parameters in the model's shapes."""
+    return {
+        path: given[path]
+        if given[path].shape == leaf.get_value().shape
+        else padded(given[path], leaf.logical)
+        for path, leaf in named_parameters(model.module())
+    }
+
+
 def _shapes(leaf: Parameter) -> list[tuple[int, ...]]:
     """Returns the shapes that a parameter may have: with padding, and without."""
     shape = tuple(leaf.get_value().shape)
     real = tuple(axis.real for axis in leaf.logical)
     return [shape, shape[: len(shape) - len(real)] + real]
-
-
-def _path(keys: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(getattr(key, "key", key) for key in keys)
 
 
 def _written(path: tuple[Any, ...]) -> str:

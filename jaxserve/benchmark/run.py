@@ -165,9 +165,8 @@ def _settings(llm: LLM, options: EngineOptions) -> dict[str, Any]:
     import jax
 
     device = jax.devices()[0]
-    leaf = jax.tree.leaves(llm.params)[0]
     return {
-        "dtype": str(leaf.dtype),
+        "dtype": llm.program.model.declare.dtype,
         "backend": jax.default_backend(),
         "device": device.device_kind,
         "jax": jax.__version__,

@@ -22,7 +22,7 @@ import numpy as np
 from jaxserve.checkpoint.stored import Piece, Stored
 from jaxserve.checkpoint.tensors import Index, Reader
 from jaxserve.errors import CheckpointError
-from jaxserve.layers.param import Axis
+from jaxserve.layers.param import Axes, Axis, Joined, size_of
 
 # XLA on CPU adopts memory with this alignment.
 _ALIGNMENT = 64
@@ -70,8 +70,8 @@ def host_values(stored: Stored, reader: Reader, index: Index) -> np.ndarray:
 def _fill(buffer: np.ndarray, stored: Stored, turn: int, reader: Reader, canonical: Index) -> None:
     """Fills buffer with a slice of the canonical form of one turn, but for its zeros."""
     pieces = stored.of_turn(turn)
-    if stored.fused:
-        _fill_rows(buffer, pieces, reader, canonical)
+    if stored.joined is not None:
+        _fill_rows(buffer, stored.joined, pieces, reader, canonical)
         return
     (piece,) = pieces
     axes = stored.outputs + stored.inputs
@@ -93,30 +93,38 @@ def _overlaps(axis: Axis, part: slice) -> list[tuple[slice, slice]]:
 
 
 def _fill_rows(
-    buffer: np.ndarray, pieces: Sequence[Piece], reader: Reader, canonical: Index
+    buffer: np.ndarray, joined: Joined, pieces: Sequence[Piece], reader: Reader, canonical: Index
 ) -> None:
     """Fills buffer[rows, *inputs] from the pieces whose flattened outputs lie in these rows."""
     rows, inputs = canonical[0], canonical[1:]
     start = 0
-    for piece in pieces:
-        stop = start + math.prod(piece.outputs)
-        first, last = max(rows.start, start), min(rows.stop, stop)
-        if first < last:
-            values = _rows(piece, reader, first - start, last - start, inputs)
-            _cast(buffer[first - rows.start : last - rows.start], values, reader, piece.name)
-        start = stop
+    for share in range(joined.shares):
+        for piece, (_, axes), size in zip(pieces, joined.members, joined.widths, strict=True):
+            first, last = max(rows.start, start), min(rows.stop, start + size)
+            if first < last:
+                # A row of the array, and the row of the member that it is.
+                shift = start - share * size
+                target = buffer[first - rows.start : last - rows.start]
+                _fill_member(target, piece, axes, reader, first - shift, inputs)
+            start += size
 
 
-def _rows(piece: Piece, reader: Reader, first: int, last: int, inputs: Index) -> np.ndarray:
-    """Returns rows first:last of a piece with flattened outputs, reading no more than it must."""
+def _fill_member(
+    target: np.ndarray, piece: Piece, axes: Axes, reader: Reader, first: int, inputs: Index
+) -> None:
+    """Fills target with flattened outputs of a piece from `first` on, reading what it must."""
     # Rows may begin within a head: whole heads are taken, then trimmed.
-    step = math.prod(piece.outputs[1:])
+    step, last = size_of(axes[1:]), first + len(target)
     outer = slice(first // step, -(-last // step))
-    inner = tuple(slice(0, size) for size in piece.outputs[1:])
-    block = reader.read(piece.name, (outer, *inner, *inputs))
-    num_rows = (outer.stop - outer.start) * step
-    flat = block.reshape(num_rows, *block.shape[len(piece.outputs) :])
-    return flat[first - outer.start * step : last - outer.start * step]
+    inner = tuple(slice(0, axis.size) for axis in axes[1:])
+    for here, there in _overlaps(axes[0], outer):
+        block = reader.read(piece.name, (there, *inner, *inputs))
+        flat = block.reshape((there.stop - there.start) * step, *block.shape[len(axes) :])
+        begin = (outer.start + here.start) * step
+        top, end = max(first, begin), min(last, begin + len(flat))
+        _cast(
+            target[top - first : end - first], flat[top - begin : end - begin], reader, piece.name
+        )
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

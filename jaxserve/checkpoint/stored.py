@@ -21,6 +21,7 @@ from jaxserve.checkpoint.tensors import Index
 from jaxserve.layers.decoder import Decoder, Model
 from jaxserve.layers.param import (
     Axes,
+    Joined,
     Orientation,
     Parameter,
     Weight,
@@ -55,14 +56,14 @@ class Stored:
     """One array of a model's parameters.
 
     Its *canonical* form has outputs first: the one piece as it is, or, fused, the pieces with
-    their outputs flattened, end to end: [rows, *inputs]. The stored form may turn inputs first.
-    Of layers that repeat there is one canonical form for each turn, and the turns come first.
+    their outputs flattened, end to end, share by share: [rows, *inputs]. The stored form may turn
+    inputs first. Of layers that repeat there is one canonical form for each turn, and the turns
+    come first.
 
     Attributes:
         path: its place in the tree of parameters.
         shape, dtype, axes: of the stored form; axes are logical.
         pieces: the logical weights it is made of, turn by turn.
-        fused: several weights in one array.
         outputs, inputs: axes of the canonical form.
         inputs_first: the stored form has inputs first (a vector has none).
         turns: layers that lie in it; None where it is of one layer, or of none.
@@ -73,7 +74,6 @@ class Stored:
     dtype: Any
     axes: tuple[str, ...]
     pieces: tuple[Piece, ...]
-    fused: bool
     outputs: Axes
     inputs: Axes
     inputs_first: bool
@@ -87,7 +87,12 @@ class Stored:
     @property
     def padded(self) -> bool:
         """Returns whether some of the array is no weight of the checkpoint."""
-        return any(axis.runs is not None for axis in self.outputs + self.inputs)
+        return any(axis.padded for axis in self.outputs + self.inputs)
+
+    @property
+    def joined(self) -> Joined | None:
+        """Returns how several weights lie in one array; None of one weight."""
+        return self.outputs[0].joined if self.outputs else None
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -141,7 +146,6 @@ def _stored(module: Decoder, path: TreePath, leaf: Parameter) -> Stored:
         dtype=value.dtype,
         axes=tuple(leaf.axes),
         pieces=tuple(piece for name in names for piece in _pieces(name, owners, outputs, inputs)),
-        fused=len(path) > 1 and path[-2] == "fused",
         outputs=outputs,
         inputs=inputs,
         inputs_first=weight is not None and weight.orientation is Orientation.IN_OUT,
@@ -177,8 +181,9 @@ def _pieces(path: TreePath, owners: list[Any], outputs: Axes, inputs: Axes) -> t
     if not groups:
         return (Piece(_dotted(path[:-1] + suffix), _sizes(outputs), _sizes(inputs)),)
     # A group has no name of its own in a checkpoint: layers.0.attention.(qkv.separate.)q
-    group, prefix = owners[groups[0]], path[: groups[0] - 1]
-    held = group.members if group.fused is not None else [(path[-2], outputs)]
+    prefix = path[: groups[0] - 1]
+    joined = outputs[0].joined
+    held = [(path[-2], outputs)] if joined is None else joined.members
     return tuple(
         Piece(_dotted((*prefix, member, *suffix)), _sizes(axes), _sizes(inputs))
         for member, axes in held

@@ -107,6 +107,18 @@ def test_a_checkpoint_is_loaded_in_parts() -> None:
     np.testing.assert_allclose(llm.logits(PROMPTS[1]), expected, atol=limit)
 
 
+def test_accelerators_keep_layers_that_repeat_in_one_array(monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "tpu")
+        llm = js.load("tiny", dtype="float32", mesh=(2, 2, 2), show="silent")
+    assert llm.program.model.declare.stack
+    assert len(llm.params["layers"]) == llm.config.num_layers
+    one = js.load("tiny", dtype="float32", show="silent")
+    wanted = one.generate(PROMPTS, max_tokens=6, temperature=0)
+    found = llm.generate(PROMPTS, max_tokens=6, temperature=0)
+    assert [out.token_ids for out in found] == [out.token_ids for out in wanted]
+
+
 def test_the_layout_shows_itself(capsys) -> None:
     llm = on((2, 2, 2), layout="wg-x", attention="heads-batch")
     assert repr(llm.layout).startswith("wg-x/heads-batch on 2x2x2: 8 devices, float32\npadded: ")

@@ -141,6 +141,7 @@ class Case:
     decode: Ffn
     heads: Heads
     stack: bool = False
+    fuse: bool = True
     padding: Padding | None = None
     quantize: Quantization | None = None
 
@@ -184,7 +185,7 @@ def on_mesh(case: Case) -> np.ndarray:
     """Returns the same, computed on the mesh."""
     plan = MeshPlan(*case.mesh)
     padding = case.padding or Padding(case.phases, plan.sizes)
-    declare = Declare(stack=case.stack, padding=padding, quantize=case.quantize)
+    declare = Declare(stack=case.stack, fuse=case.fuse, padding=padding, quantize=case.quantize)
     model = Model(FAMILIES[case.family], declare)
     return _rounds(model, case.family, (make_mesh(plan), *case.phases), _batch(case.mesh))
 

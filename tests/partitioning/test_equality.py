@@ -59,6 +59,11 @@ def test_layers_that_repeat_in_one_loop_give_the_same(family: str) -> None:
     assert error(Case(family, (2, 2, 2), first, second, Heads.HEADS_BATCH, stack=True)) < LIMIT
 
 
+def test_weights_that_lie_apart_give_the_same() -> None:
+    case = Case("llama", (2, 2, 2), Ffn.WG_X, Ffn.WS2D, Heads.HEADS, fuse=False)
+    assert error(case) < LIMIT
+
+
 @pytest.mark.parametrize(
     ("family", "mesh", "pair", "heads"),
     [

@@ -220,7 +220,7 @@ def test_a_slice_is_read_once_however_many_devices_hold_it(llama, cut):
     reader = Counting(open_reader(info))
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("x", "y"))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*cut))
-    stored = next(s for s in stored_parameters(Model(info.config, Declare(fuse=True))) if s.fused)
+    stored = next(s for s in stored_parameters(Model(info.config, Declare(fuse=True))) if s.joined)
     place(stored, reader, sharding)
     assert reader.count == np.prod(stored.shape)
 
