@@ -173,9 +173,10 @@ async def _run(launch: Start, sharding: Sharding, options: ServerOptions, began_
     start = await service.launch()
     from jaxserve.serving.server import Server  # takes a second, in which the engine starts
 
-    status = await Server(service, options, began_s=began_s).run()
-    await asyncio.gather(start, return_exceptions=True)
-    return status
+    try:
+        return await Server(service, options, began_s=began_s).run()
+    finally:
+        await asyncio.gather(start, return_exceptions=True)
 
 
 def _name(model: str) -> str:

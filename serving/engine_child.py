@@ -12,7 +12,8 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Self
 
 import msgspec
@@ -72,7 +73,7 @@ class EngineChild(asyncio.Protocol):
         ours, theirs = socket.socketpair()
         child = cls(on_message)
         try:
-            with theirs:
+            with theirs, _no_interrupt():
                 child._process = await asyncio.create_subprocess_exec(
                     *command,
                     str(theirs.fileno()),
@@ -180,6 +181,19 @@ class EngineChild(asyncio.Protocol):
     def _end(self, how: str) -> None:
         if not self.ended.done():
             self.ended.set_result(how)
+
+
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Keeps Ctrl-C from processes started in the block, until they say what it means to them.
+
+    It reaches the whole terminal, and a process that is still importing would end with a traceback.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _signal_name(number: int) -> str:

@@ -318,8 +318,9 @@ def _give_back_memory() -> None:
 
 def serve(fd: int, build: Build) -> int:
     """Returns the exit status of this process, which serves the socket `fd`."""
-    # Ctrl-C reaches the whole terminal; the server alone decides what it means.
+    # Ctrl-C reaches the whole terminal; the server alone decides what it means, and blocked it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     return EngineProcess(socket.socket(fileno=fd), build).run()
 
 

@@ -280,6 +280,22 @@ def test_a_stop_before_the_engine_is_ready_ends_the_start() -> None:
     run(work())
 
 
+def test_an_interrupt_does_not_reach_an_engine_that_is_about_to_start() -> None:
+    async def work() -> None:
+        service = remote_fake()
+        start = await service.launch()
+        assert service.engine_pid is not None
+        os.kill(service.engine_pid, signal.SIGINT)
+        await start
+        os.kill(service.engine_pid, signal.SIGINT)
+        assert await count(service, asked(service)) == 8
+        assert service.restarts == 0
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        await service.stop()
+
+    run(work())
+
+
 def test_a_stop_fails_what_is_under_way_and_leaves_no_process() -> None:
     async def work() -> None:
         service = remote_fake(step_s=0.02)
