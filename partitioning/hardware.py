@@ -335,7 +335,7 @@ def _check_shape(found: ChipSlice) -> None:
             fits = len(shape) == 3 and all(n in (1, 2) or n % 4 == 0 for n in shape)
             rule = "three sides, each 1, 2 or a multiple of 4"
         case _:
-            fits = len(shape) <= 2 and shape[-1] <= chip.host_chips
+            fits = len(shape) in (1, 2) and shape[-1] <= chip.host_chips
             rule = f"up to {chip.host_chips} chips of one host, or HOSTSxCHIPS"
     if not fits or found.num_chips > chip.max_chips:
         raise UsageError(

@@ -90,7 +90,7 @@ class Traffic:
                     size * times / base if growth == 2 else 0.0,
                     size * times / base if growth == 3 else 0.0,
                     size * times / dtype_bytes(dtype) if growth == 1 else 0.0,
-                    count * times,
+                    int(count) * times,
                 )
             )
         return cls(tuple(found))

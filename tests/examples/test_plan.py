@@ -17,7 +17,8 @@ def test_every_cell_runs_and_every_last_value_shows_itself(capsys: pytest.Captur
         if cell["cell_type"] != "code":
             continue
         body = ast.parse("".join(cell["source"])).body
-        last = body.pop() if isinstance(body[-1], ast.Expr) else None
+        last = body[-1] if isinstance(body[-1], ast.Expr) else None
+        body = body[:-1] if last is not None else body
         exec(compile(ast.Module(body, []), cell["id"], "exec"), names)
         if last is not None:
             value = eval(compile(ast.Expression(last.value), cell["id"], "eval"), names)
