@@ -361,16 +361,18 @@ CASES = {
         rewrite={"rope_parameters": None, "rotary_pct": 0.5, "rotary_emb_base": 10_000},
     ),
     "opt": opt(hidden_size=30, num_attention_heads=5),
-    # As the 350M: norms behind the sums, none at the end, embeddings of another width.
+    # As the 350M, but untied: norms behind the sums, none at the end, embeddings of another width.
     "opt-sums": opt(
         hidden_size=27,
         num_attention_heads=3,
         do_layer_norm_before=False,
         word_embed_proj_dim=20,
+        tie_word_embeddings=False,
     ),
+    # A power of two of heads: transformers rounds other slopes to bfloat16, in that dtype alone.
     "bloom": Case(
         "Bloom",
-        {"vocab_size": 61, "hidden_size": 30, "n_layer": 2, "n_head": 5}
+        {"vocab_size": 61, "hidden_size": 28, "n_layer": 2, "n_head": 4}
         | {"bos_token_id": None, "eos_token_id": None},
     ),
     # Clipped low, so that it shows; heads that are no power of two.
