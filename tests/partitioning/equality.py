@@ -111,6 +111,9 @@ FAMILIES: dict[str, ModelConfig] = {
     "falcon": _config((_falcon,) * 2, norm=LAYER, tied=True),
     "alibi": _config((_bloom,) * 2, norm=LAYER),
     "palm": _config((_palm,) * 2, logits_scale=0.5, tied=True),
+}
+
+PARTS: dict[str, ModelConfig] = {
     # Norms behind the sums, learned positions, embeddings of another width.
     "opt": _config(
         (_opt,) * 2, norm=None, tied=True, num_positions=70, table_dim=24, embed_norm=LAYER
@@ -122,7 +125,9 @@ FAMILIES: dict[str, ModelConfig] = {
     ),
     "experts": _config((_experts,) * 2),
 }
+"""Parts of the other families, each in a few cases."""
 
+MODELS = FAMILIES | PARTS
 
 MESHES = [(1, 2, 4), (2, 2, 2), (8, 1, 1), (3, 2, 1), (1, 1, 2)]
 
@@ -158,7 +163,7 @@ def serves(family: str, mesh: tuple[int, int, int], heads: Heads) -> bool:
     """Returns whether pages may be cut, where they would be: no windows, no ALiBi, even pieces."""
     if heads is not Heads.SEQUENCE:
         return True
-    attentions = [layer.attention for layer in FAMILIES[family].layers]
+    attentions = [layer.attention for layer in MODELS[family].layers]
     return PAGE_SIZE % mesh[0] == 0 and not any(a.window or a.alibi for a in attentions)
 
 
@@ -173,7 +178,7 @@ def error(case: Case) -> float:
 @cache
 def one_device(family: str, batch: int, quantize: Quantization | None = None) -> np.ndarray:
     """Returns float32[1 + STEPS, B, V], logits of the prompts' ends and of greedy steps."""
-    return logits_alone(Model(FAMILIES[family], Declare(quantize=quantize)), family, batch)
+    return logits_alone(Model(MODELS[family], Declare(quantize=quantize)), family, batch)
 
 
 def logits_alone(model: Model, family: str, batch: int) -> np.ndarray:
@@ -186,7 +191,7 @@ def on_mesh(case: Case) -> np.ndarray:
     plan = MeshPlan(*case.mesh)
     padding = case.padding or Padding(case.phases, plan.sizes)
     declare = Declare(stack=case.stack, fuse=case.fuse, padding=padding, quantize=case.quantize)
-    model = Model(FAMILIES[case.family], declare)
+    model = Model(MODELS[case.family], declare)
     return _rounds(model, case.family, (make_mesh(plan), *case.phases), _batch(case.mesh))
 
 
@@ -221,7 +226,7 @@ class Weights:
 @cache
 def _weights(family: str) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    model = Model(FAMILIES[family], Declare(orientation=Orientation.OUT_IN))
+    model = Model(MODELS[family], Declare(orientation=Orientation.OUT_IN))
     found: dict[str, np.ndarray] = {}
     for stored, (_, leaf) in zip(
         stored_parameters(model), named_parameters(model.module()), strict=True
