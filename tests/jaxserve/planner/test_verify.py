@@ -96,3 +96,19 @@ def test_a_compile_that_takes_too_long_is_stopped(monkeypatch: pytest.MonkeyPatc
     )
     with pytest.raises(JaxserveError, match=r"took more than 0\.01 s"):
         verified(plan, limit_s=0.01)
+
+
+def test_devices_of_a_processor_stand_in_for_other_chips(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("JAXSERVE_CACHE_DIR", str(tmp_path))
+    plan = planner.search(
+        "tiny", "h100:2", input_tokens=64, output_tokens=16, batch=(8, 8), max_replicas=1
+    )
+    first = verified(plan)
+    first.check()
+    assert [step.on for step in first.steps] == ["cpu:2", "cpu:2"]
+    assert not any(step.exact or step.cached for step in first.steps)
+    # Kinds and axes are asked for; the bytes agree too.
+    assert all(step.predicted == step.compiled for step in first.steps)
+    assert all(step.cached for step in verified(plan).steps)
