@@ -26,7 +26,7 @@ def current_chip() -> str | None:
         info = pltpu.get_tpu_info()
     except (ValueError, RuntimeError, NotImplementedError):
         return None
-    return _CHIPS.get(str(info.chip_version.value))
+    return _CHIPS.get(str(info.chip_version))
 
 
 def tuned(op: str, chip: str | None, **shape: Any) -> dict[str, Any] | None:

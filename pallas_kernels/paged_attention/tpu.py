@@ -365,9 +365,7 @@ def _run_items(
         slopes=None if given.slopes is None else _slopes(given.slopes, build),
         mask=None if given.mask is None else _shared(static, _mask(given.mask, runs)),
         scales=None if given.scales is None else _scales(given, base, build),
-        fresh=None
-        if not build.written
-        else _shared(static, given.fresh[runs.token[:, 0], :, None]),
+        fresh=None if given.fresh is None or queries > 1 else _fresh(static, given.fresh, runs),
         pages=given.pages,
     )
     out, lse, pages = attend(build, operands, static.interpret)
@@ -432,10 +430,9 @@ def _shared(static: _Static, x: Array) -> Array:
     return jnp.concatenate([x] * static.tile.cores) if static.tile.cores > 1 else x
 
 
-def _fresh(static: _Static, given: _Arrays, runs: work.Runs) -> Array:
+def _fresh(static: _Static, fresh: Array, runs: work.Runs) -> Array:
     """Returns [I, K, 1, lanes], what each item of one token stores."""
-    assert given.fresh is not None
-    return _shared(static, given.fresh[runs.token[:, 0], :, None])
+    return _shared(static, fresh[runs.token[:, 0], :, None])
 
 
 def _by_head(q: Array, build: Build) -> Array:

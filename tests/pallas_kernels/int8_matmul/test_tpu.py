@@ -1,6 +1,6 @@
 """The TPU kernel of the int8 matmul: several blocks, its epilogue, and how it runs on a core."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -74,9 +74,9 @@ def test_rows_rounded_once_a_grid_are_found_missing_when_cores_share_it(
         kernel(tpu.replace(build, every=False), *refs)
 
     monkeypatch.setattr(tpu, "_kernel", wrong)
-    tpu._multiply.clear_cache()
+    cast(Any, tpu._multiply).clear_cache()
     found = tpu.int8_matmul(*given, mode=Mode.W8A8, tile=SMALL, interpret=params)
-    tpu._multiply.clear_cache()
+    cast(Any, tpu._multiply).clear_cache()
     assert not np.allclose(found, wanted, atol=1e-2)
 
 
