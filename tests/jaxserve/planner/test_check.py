@@ -3,6 +3,9 @@
 They need libtpu and no TPU. The table of all layouts is in docs/communication.md.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import jax
 import pytest
 
@@ -61,17 +64,17 @@ PALM = model(BlockKind.PARALLEL, kv_heads=1)
 PADDED = model(BlockKind.PARALLEL, num_heads=12, kv_heads=1)
 
 
-@pytest.mark.parametrize(
-    ("config", "ffn", "heads", "length", "on"),
-    [
-        pytest.param(SERIAL, Ffn.WS1D, Heads.HEADS, 1, "v5e:2x4", id="ws1d"),
-        pytest.param(PALM, Ffn.WS2D, Heads.BATCH, 1, "v4:2x2x2", id="ws2d"),
-        pytest.param(PADDED, Ffn.WS2D, Heads.HEADS, 1, "v5e:2x4", id="padded"),
-        pytest.param(FALCON, Ffn.WG_X, Heads.HEADS_BATCH, 16, "v5e:2x4", id="wg-x"),
-        pytest.param(SERIAL, Ffn.WG_XY, Heads.HEADS_BATCH_XY, 16, "v4:2x2x2", id="wg-xy"),
-        pytest.param(PALM, Ffn.WG_XYZ, Heads.BATCH, 16, "v5e:2x4", id="wg-xyz"),
-    ],
-)
+def cases() -> Iterator[Any]:
+    """Yields every layout of projections with every attention; models, steps and slices mixed."""
+    for i, ffn in enumerate(Ffn):
+        for j, heads in enumerate(Heads):
+            config = (SERIAL, PALM, FALCON)[(i + j) % 3]
+            length, on = (1, 16)[(i + j) % 2], ("v5e:2x4", "v4:2x2x2")[(i + j // 2) % 2]
+            yield pytest.param(config, ffn, heads, length, on, id=f"{ffn}-{heads}")
+    yield pytest.param(PADDED, Ffn.WS2D, Heads.HEADS, 1, "v5e:2x4", id="padded")
+
+
+@pytest.mark.parametrize(("config", "ffn", "heads", "length", "on"), list(cases()))
 def test_compiled_communication_is_as_predicted(config, ffn, heads, length, on):
     report = check(Job(config, PhaseLayout(ffn, heads), 64, 128, length), SLICES[on])
     assert differences(report) == {}
