@@ -107,7 +107,7 @@ class SlabCache:
                 grouped, *read, self.positions, slots, spec, own=length > 1, slopes=slopes
             )
         else:
-            part, lse = _partial_attention(grouped, *read, self.positions, slots, spec)
+            part, lse = _partial_attention(grouped, read[0], read[1], self.positions, slots, spec)
             out = stripe.merged(part.reshape(q.shape), lse.reshape(q.shape[:2]))
         keys = tuple(arrays[0] if i == layer.index else x for i, x in enumerate(self.keys))
         values = tuple(arrays[1] if i == layer.index else x for i, x in enumerate(self.values))
