@@ -86,8 +86,8 @@ def load(
         layout: of a mesh: "ws1d", "ws2d" (the default), "wg-x", "wg-xy" or "wg-xyz"; or the file
             of a layout, which says the mesh and everything else. `docs/layouts.md` explains them.
         prefill_layout: of prefill, where it has another than decode.
-        attention: what the cache is cut by: "heads" (the default), "batch", "heads-batch" or
-            "heads-batch-xy".
+        attention: what the cache is cut by: "heads" (the default), "batch", "heads-batch",
+            "heads-batch-xy" or "sequence".
         devices: "cpu:8" takes eight devices on this processor; before JAX has started.
         quantize: "int8" rounds weights, with a scale per output channel; "w8a8" rounds each row of
             activations too. None keeps them as they are in the checkpoint.

@@ -12,7 +12,7 @@ from jax import Array
 
 from jaxserve.config import AttentionSpec
 from jaxserve.layers.cache import AnyCache, At
-from jaxserve.layers.linear import Product, linear, linear_group
+from jaxserve.layers.linear import Product, linear_from, linear_group
 from jaxserve.layers.norm import Norm
 from jaxserve.layers.param import Axis, Declare
 from jaxserve.layers.rope import rotate
@@ -79,8 +79,7 @@ class Attention(nnx.Module):
                 layer, q, k, v, spec, run.kernels, sink_q, slopes, run.comm.stripe(spec)
             )
         with jax.named_scope("out"):
-            heads = run.comm.move(heads, Stage.QUERY, Stage.CONTRACTED)
-            return linear(heads, self.out, run.comm, run.kernels), cache
+            return linear_from(heads, Stage.QUERY, self.out, run.comm, run.kernels), cache
 
     def _adjusted(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
         """Returns queries, keys and values clipped and normed, where the model does that."""

@@ -9,10 +9,11 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxserve.config import Quantization
-from jaxserve.layers.param import Axes, Joined, Parameter, Weight, WeightGroup
+from jaxserve.layers.param import Axes, Joined, Orientation, Parameter, Weight, WeightGroup
 from jaxserve.pallas_kernels import KernelSet
 from jaxserve.pallas_kernels.int8_matmul import Mode
 from jaxserve.partitioning.collectives import Bundle, Comm
+from jaxserve.partitioning.layout import Stage
 
 
 class Product(NamedTuple):
@@ -47,6 +48,20 @@ def linear(
     if scales is not None:
         scales = comm.scales(scales[...], _named(weight.outputs))
     return product(x, weight, values, scales, kernels, x.dtype, weight.quantize)
+
+
+def linear_from(x: Array, source: Stage, weight: Weight, comm: Comm, kernels: KernelSet) -> Array:
+    """Returns x[T, *inputs], which lies at `source`, mapped as `linear` does."""
+    values = comm.weight(weight.values[...], _named(weight.stored))
+    scales = weight.scales
+    if scales is not None:
+        scales = comm.scales(scales[...], _named(weight.outputs))
+
+    def part(piece: Array, own: Array, dtype: DTypeLike) -> Array:
+        return product(piece, weight, own, scales, kernels, dtype, weight.quantize)
+
+    dim = 0 if weight.orientation is Orientation.IN_OUT else len(weight.outputs)
+    return comm.contract(x, source, values, dim, part)
 
 
 def product(

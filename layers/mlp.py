@@ -9,7 +9,7 @@ from jax import Array
 
 from jaxserve.config import MlpSpec
 from jaxserve.layers.activation import activate
-from jaxserve.layers.linear import Product, linear, linear_group
+from jaxserve.layers.linear import Product, linear_from, linear_group
 from jaxserve.layers.param import Axis, Declare
 from jaxserve.layers.runtime import Runtime
 from jaxserve.partitioning.collectives import Part
@@ -49,5 +49,4 @@ class Mlp(nnx.Module):
         h = activate(first, self.spec.activation)
         if rest:
             h = h * rest[0]
-        h = run.comm.move(h, Stage.HIDDEN, Stage.CONTRACTED)
-        return linear(h, self.down, run.comm, run.kernels)
+        return linear_from(h, Stage.HIDDEN, self.down, run.comm, run.kernels)

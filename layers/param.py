@@ -143,7 +143,9 @@ class Weight(nnx.Module):
         self.quantize = quantize = declare.quantize
         fan_in = _real_size_of(inputs)
         self.values = declare.parameter(self.stored, init, fan_in, quantize and "int8")
-        self.scales = quantize and declare.parameter(outputs, Init.SCALES, fan_in, "float32")
+        self.scales = (
+            None if quantize is None else declare.parameter(outputs, Init.SCALES, fan_in, "float32")
+        )
         self.bias = declare.parameter(outputs, Init.ZEROS) if bias else None
 
 

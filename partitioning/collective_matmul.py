@@ -13,20 +13,14 @@ Pope et al. 2022, section 3.5.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from enum import StrEnum
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxserve.partitioning.layout import Ring
 
-class Ring(StrEnum):
-    """How pieces go around."""
-
-    PLAIN = "plain"  # not at all: one collective
-    ONE_WAY = "one-way"  # n - 1 hops of a piece
-    BIDIRECTIONAL = "bidirectional"  # n - 1 hops of half a piece each way
-    LOW_LATENCY = "low-latency"  # n / 2 hops of a piece each way
+__all__ = ["Ring", "all_gather_matmul", "folded", "gathered_product", "matmul_reduce_scatter"]
 
 
 def all_gather_matmul(
@@ -40,13 +34,34 @@ def all_gather_matmul(
     """
     if ring is Ring.PLAIN:
         return _product(lax.all_gather(x, axis, axis=1, tiled=True), w).astype(x.dtype)
+
+    def terms(piece: Array, first: Array) -> Array:
+        return _product(piece, lax.dynamic_slice_in_dim(w, first, piece.shape[1], 0))
+
+    return gathered_product(x, terms, axis, ring, order).astype(x.dtype)
+
+
+def gathered_product(
+    x: Array,
+    terms: Callable[[Array, Array], Array],
+    axis: str,
+    ring: Ring,
+    order: Sequence[int] | None = None,
+) -> Array:
+    """Returns what all pieces x[T, E.axis, ...] add, as they come around.
+
+    Args:
+        terms: from features of x, and the number of the first of them in the whole, to what they
+            add, in float32.
+        ring: any but `Ring.PLAIN`.
+        order: see `all_gather_matmul`.
+    """
     way = _Way(axis, order)
     size = x.shape[1]
 
     def product(piece: Array, hops: int, first: int = 0) -> Array:
         """Returns what the piece of the device so many hops back adds."""
-        rows = way.device(-hops) * size + first
-        return _product(piece, lax.dynamic_slice_in_dim(w, rows, piece.shape[1], 0))
+        return terms(piece, way.device(-hops) * size + first)
 
     total = product(x, 0)
     if ring is Ring.BIDIRECTIONAL:
@@ -55,7 +70,7 @@ def all_gather_matmul(
         for hop in range(1, way.count):
             up, down = way.pass_on(up, 1), way.pass_on(down, -1)
             total = total + product(up, hop) + product(down, -hop, half)
-        return total.astype(x.dtype)
+        return total
     back = way.count // 2 if ring is Ring.LOW_LATENCY else way.count - 1
     up = down = x
     for hop in range(1, back + 1):
@@ -64,7 +79,7 @@ def all_gather_matmul(
         if hop < way.count - back:
             down = way.pass_on(down, -1)
             total = total + product(down, -hop)
-    return total.astype(x.dtype)
+    return total
 
 
 def matmul_reduce_scatter(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
@@ -22,9 +22,13 @@ from jax.typing import DTypeLike
 
 from jaxserve.config import AttentionSpec
 from jaxserve.errors import UnsupportedError, UsageError
-from jaxserve.partitioning.layout import HIDDEN_ORDER, PhaseLayout, Stage
+from jaxserve.partitioning.collective_matmul import gathered_product
+from jaxserve.partitioning.layout import HIDDEN_ORDER, PhaseLayout, Ring, Stage
 from jaxserve.partitioning.placement import Dim, Kind, Move, Placement, moves
 from jaxserve.partitioning.stripe import Stripe
+
+Product = Callable[[Array, Array, DTypeLike], Array]
+"""From activations, the weight for them and a dtype to their product in it."""
 
 LogicalAxes = Sequence[tuple[str, int]]
 """Names and full sizes of an array's dimensions."""
@@ -94,6 +98,15 @@ class Comm(Protocol):
 
     def move(self, x: Array, source: Stage, target: Stage) -> Array:
         """Returns x[T, features, ...] of one stage as another needs it."""
+        ...
+
+    def contract(self, x: Array, source: Stage, values: Array, dim: int, product: Product) -> Array:
+        """Returns the product of x[T, features, ...], brought to `Stage.CONTRACTED`, and a weight.
+
+        Args:
+            values: the weight as the projections use it.
+            dim: its dimension that has the features.
+        """
         ...
 
     def distribute(self, parts: Sequence[Part]) -> list[Array]:
@@ -187,6 +200,10 @@ class LocalComm:
         """Returns x."""
         return x
 
+    def contract(self, x: Array, source: Stage, values: Array, dim: int, product: Product) -> Array:
+        """Returns the product."""
+        return product(x, values, x.dtype)
+
     def distribute(self, parts: Sequence[Part]) -> list[Array]:
         """Returns the parts with their biases."""
         return [_biased(part.x, part.bias) for part in parts]
@@ -275,6 +292,28 @@ class MeshComm:
     def move(self, x: Array, source: Stage, target: Stage) -> Array:
         """Returns x[T, features, ...] of one stage as another needs it."""
         return self._carry(x, self._moves(self.placement(source), self.placement(target)))
+
+    def contract(self, x: Array, source: Stage, values: Array, dim: int, product: Product) -> Array:
+        """Returns the product of x[T, features, ...], brought to `Stage.CONTRACTED`, and a weight.
+
+        Where a gather over one axis comes last, its pieces may go around beside the product.
+        """
+        plan = self._moves(self.placement(source), self.placement(Stage.CONTRACTED))
+        ring, last = self.phase.overlap, plan[-1] if plan else None
+        if (
+            ring is Ring.PLAIN
+            or last is None
+            or (last.kind, last.dim) != (Kind.ALL_GATHER, Dim.FEATURES)
+            or len(last.axes) > 1
+        ):
+            return product(self._carry(x, plan), values, x.dtype)
+
+        def terms(piece: Array, first: Array) -> Array:
+            own = lax.dynamic_slice_in_dim(values, first, piece.shape[1], dim)
+            return product(piece, own, jnp.dtype("float32"))
+
+        x = self._carry(x, plan[:-1])
+        return gathered_product(x, terms, last.axes[0], ring).astype(x.dtype)
 
     def distribute(self, parts: Sequence[Part]) -> list[Array]:
         """Returns what the first projections give, each where it is needed.

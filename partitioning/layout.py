@@ -48,6 +48,15 @@ class Heads(StrEnum):
     SEQUENCE = "sequence"
 
 
+class Ring(StrEnum):
+    """How pieces go around."""
+
+    PLAIN = "plain"  # not at all: one collective
+    ONE_WAY = "one-way"  # n - 1 hops of a piece
+    BIDIRECTIONAL = "bidirectional"  # n - 1 hops of half a piece each way
+    LOW_LATENCY = "low-latency"  # n / 2 hops of a piece each way
+
+
 class Stage(StrEnum):
     """A point of a block; its activations are [tokens, features] as named."""
 
@@ -84,10 +93,13 @@ class PhaseLayout:
     Attributes:
         ffn: how projections are computed.
         heads: how attention is cut.
+        overlap: how what the last projections read is gathered beside their products, where it is
+            gathered over one axis; see `collective_matmul`.
     """
 
     ffn: Ffn
     heads: Heads
+    overlap: Ring = Ring.PLAIN
 
     @property
     def stripes(self) -> tuple[str, ...]:
@@ -201,7 +213,8 @@ class PhaseLayout:
         return tuple(a for a in self.stored(axis, size, sizes) if a not in gathered)
 
     def __str__(self) -> str:
-        return f"{self.ffn}/{self.heads}"
+        ring = "" if self.overlap is Ring.PLAIN else f"/{self.overlap}"
+        return f"{self.ffn}/{self.heads}{ring}"
 
 
 @cache

@@ -153,7 +153,7 @@ def choose(
         layout: "ws1d", "ws2d", "wg-x", "wg-xy" or "wg-xyz", of both phases; or a layout, or the
             file of one, which then says everything.
         prefill_layout: of prefill, if it has another.
-        attention: "heads", "batch", "heads-batch" or "heads-batch-xy".
+        attention: "heads", "batch", "heads-batch", "heads-batch-xy" or "sequence".
 
     Raises:
         UsageError: a name is unknown, or the layout does not fit the model.

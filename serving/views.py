@@ -11,7 +11,7 @@ is asked for: a whole copy of a large model would not fit beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -53,9 +53,11 @@ def _with_keys(tree: Views) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
     return [(jax.tree_util.DictKey(key), tree[key]) for key in tree], tuple(tree)
 
 
-jax.tree_util.register_pytree_with_keys(
-    Views, _with_keys, lambda keys, values: dict(zip(keys, values, strict=True))
-)
+def _of_keys(keys: tuple[Any, ...], values: Iterable[Any]) -> Any:
+    return dict(zip(keys, values, strict=True))
+
+
+jax.tree_util.register_pytree_with_keys(Views, _with_keys, _of_keys)
 
 
 def single(model: Model) -> Model:

@@ -37,7 +37,7 @@ from jaxserve.layers.decoder import Model
 from jaxserve.layers.param import Declare, Init, Orientation, named_parameters, tree_of
 from jaxserve.pallas_kernels import kernel_set
 from jaxserve.partitioning.collectives import LocalComm
-from jaxserve.partitioning.layout import Ffn, Heads, PhaseLayout
+from jaxserve.partitioning.layout import Ffn, Heads, PhaseLayout, Ring
 from jaxserve.partitioning.mesh import MeshPlan, make_mesh, places
 from jaxserve.partitioning.padding import Padding
 from jaxserve.serving.generation import Program, Prompts, decode_step, prefill
@@ -149,6 +149,7 @@ class Case:
     fuse: bool = True
     padding: Padding | None = None
     quantize: Quantization | None = None
+    overlap: Ring = Ring.PLAIN
 
     def __str__(self) -> str:
         mesh = "x".join(map(str, self.mesh))
@@ -156,7 +157,10 @@ class Case:
 
     @property
     def phases(self) -> tuple[PhaseLayout, PhaseLayout]:
-        return PhaseLayout(self.prefill, self.heads), PhaseLayout(self.decode, self.heads)
+        prefill, decode = (
+            PhaseLayout(ffn, self.heads, self.overlap) for ffn in (self.prefill, self.decode)
+        )
+        return prefill, decode
 
 
 def serves(family: str, mesh: tuple[int, int, int], heads: Heads) -> bool:

@@ -1,12 +1,17 @@
 """Every layout on every mesh computes what one device computes."""
 
+import json
+import os
+import subprocess
+import sys
 from itertools import combinations, product
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jaxserve.config import Quantization
-from jaxserve.partitioning.layout import Ffn, Heads, PhaseLayout
+from jaxserve.partitioning.layout import Ffn, Heads, PhaseLayout, Ring
 from jaxserve.partitioning.mesh import MeshPlan
 from jaxserve.partitioning.padding import Padding
 
@@ -65,6 +70,19 @@ def test_weights_that_lie_apart_give_the_same() -> None:
 
 
 @pytest.mark.parametrize(
+    ("family", "mesh", "ring"),
+    [
+        ("llama", (2, 2, 2), Ring.ONE_WAY),
+        ("palm", (8, 1, 1), Ring.LOW_LATENCY),
+        ("falcon", (3, 2, 1), Ring.BIDIRECTIONAL),
+    ],
+    ids=str,
+)
+def test_products_beside_their_communication_give_the_same(family, mesh, ring) -> None:
+    assert error(Case(family, mesh, Ffn.WS2D, Ffn.WS2D, Heads.HEADS, overlap=ring)) < LIMIT
+
+
+@pytest.mark.parametrize(
     ("family", "mesh", "pair", "heads"),
     [
         ("llama", (1, 2, 4), PAIRS[0], Heads.HEADS),
@@ -106,3 +124,33 @@ def test_every_pair_of_layouts_gives_the_logits_of_one_device(family, mesh, head
         for pair in pairs:
             case = Case(family, mesh, *pair, heads, padding=padding)
             assert error(case) < LIMIT, case
+
+
+SIXTEEN = """
+import json
+from tests.partitioning.equality import Case, Ffn, Heads, error
+cases = [
+    Case("llama", (2, 2, 4), Ffn.WG_XY, Ffn.WS2D, Heads.HEADS),
+    Case("palm", (4, 2, 2), Ffn.WG_XYZ, Ffn.WS2D, Heads.BATCH),
+    Case("falcon", (16, 1, 1), Ffn.WS1D, Ffn.WS1D, Heads.HEADS_BATCH),
+]
+print(json.dumps([error(case) for case in cases]))
+"""
+
+
+@pytest.mark.slow
+def test_sixteen_devices_give_the_logits_of_one() -> None:
+    root = Path(__file__).resolve().parents[2]
+    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=16", "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-c", SIXTEEN],
+        cwd=root,
+        env=os.environ | flags,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    errors = json.loads(done.stdout)
+    assert len(errors) == 3
+    assert max(errors) < LIMIT, errors

@@ -98,8 +98,8 @@ def test_a_file_keeps_everything(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {
         "model": model_digest(CONFIG),
         "mesh": {"x": 2, "y": 2, "z": 2, "data": 1, "expert": 1, "pipeline": 1},
-        "prefill": {"ffn": "wg-x", "heads": "heads"},
-        "decode": {"ffn": "wg-x", "heads": "heads"},
+        "prefill": {"ffn": "wg-x", "heads": "heads", "overlap": "plain"},
+        "decode": {"ffn": "wg-x", "heads": "heads", "overlap": "plain"},
         "dtypes": {"weights": "float32", "activations": "float32", "kv": "float32"},
         "buckets": {"max_sequences": 8, "max_step_tokens": 64},
         "version": 1,
