@@ -17,7 +17,7 @@ from jax import Array
 
 from jaxserve.errors import UnsupportedError
 
-BACKENDS = ("xla", "reference")
+BACKENDS = ("xla", "reference", "tpu")
 """Backends with a complete set of kernels."""
 
 FOLDERS = {

@@ -29,6 +29,6 @@ def test_the_default_set_is_that_of_xla() -> None:
 
 
 def test_an_unknown_backend_is_refused_by_name() -> None:
-    message = "backend='cuda9' has no matmul kernel; use one of xla, reference"
+    message = "backend='cuda9' has no matmul kernel; use one of xla, reference, tpu"
     with pytest.raises(UnsupportedError, match=message):
         kernel_set("cuda9")
