@@ -304,7 +304,7 @@ class MeshComm:
             ring is Ring.PLAIN
             or last is None
             or (last.kind, last.dim) != (Kind.ALL_GATHER, Dim.FEATURES)
-            or len(last.axes) > 1
+            or len(last.axes) != 1
         ):
             return product(self._carry(x, plan), values, x.dtype)
 
