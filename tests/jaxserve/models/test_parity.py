@@ -18,7 +18,7 @@ from .conftest import Forward, Load
 GOLDEN = Path(__file__).parents[2] / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.safetensors"))
 PROMPTS = (0, 1)
-REMOTE = {"palm"}
+REMOTE = {"baichuan", "chatglm", "decilm", "palm"}
 """Families without a class in transformers; they have references of their own."""
 
 Golden = dict[str, np.ndarray]
