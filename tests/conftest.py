@@ -7,7 +7,12 @@ environment variables, so that processes started by tests inherit them.
 import atexit
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 NUM_DEVICES = 8
 
@@ -22,3 +27,15 @@ if "JAXSERVE_TEST_CACHE" not in os.environ:
     os.environ["JAXSERVE_TEST_CACHE"] = tempfile.mkdtemp(prefix="jaxserve-tests-")
     atexit.register(shutil.rmtree, os.environ["JAXSERVE_TEST_CACHE"], ignore_errors=True)
 os.environ["JAXSERVE_CACHE_DIR"] = os.environ["JAXSERVE_TEST_CACHE"]
+
+MOST_MAPPINGS = 20_000
+"""Of memory; Linux ends a process that asks for more than 65,530."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_mappings() -> Iterator[None]:
+    """Lets go of compiled programs before there are too many: each takes mappings of memory."""
+    yield
+    maps = Path("/proc/self/maps")
+    if "jax" in sys.modules and maps.exists() and maps.read_text().count("\n") > MOST_MAPPINGS:
+        sys.modules["jax"].clear_caches()

@@ -6,6 +6,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -220,6 +221,10 @@ class Recording(LocalComm):
     def move(self, x: Array, source: Stage, target: Stage) -> Array:
         self.seen.append((source, target))
         return x
+
+    def contract(self, x: Array, source: Stage, *rest: Any) -> Array:
+        self.seen.append((source, Stage.CONTRACTED))
+        return super().contract(x, source, *rest)
 
     def distribute(self, parts: Sequence[Part]) -> list[Array]:
         self.seen.append(tuple(part.target for part in parts))

@@ -96,8 +96,3 @@ def test_a_padded_model_has_the_logits_of_its_own(family: str, mesh) -> None:
     padded = logits_alone(Model(FAMILIES[family], declare), family, 4)
     assert padded.shape == plain.shape
     assert np.max(np.abs(padded - plain)) < 1e-6 * np.max(np.abs(plain))
-
-
-def test_weights_that_a_mesh_cuts_are_not_fused() -> None:
-    with pytest.raises(UsageError, match="fuse=False"):
-        Declare(fuse=True, padding=padding(2, 2, 2))

@@ -402,11 +402,22 @@ def test_beams_beside_others_and_others_beside_beams(dtype: str) -> None:
 
 
 FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
-OFTEN = {(name, DTYPES[index % 2]) for index, name in enumerate(FAMILIES)} | {("tiny", "bfloat16")}
-"""Every family in one dtype; the other one is left to the slow tests."""
+FIRST = sorted({name.split("-")[0]: name for name in reversed(FAMILIES)}.values())
+SMALL_HEADS = {("bloom", "float32")}
+"""Heads of 7 features, of which docs/engine.md says that float32 may differ in its last bits."""
+
+OFTEN = {(name, DTYPES[FAMILIES.index(name) % 2]) for name in FIRST} - SMALL_HEADS
+OFTEN |= {("bloom", "bfloat16"), ("tiny", "bfloat16")}
+"""A case of every family in one dtype; all others are left to the slow tests."""
+
+
+def _marks(name: str, dtype: str) -> list[pytest.MarkDecorator]:
+    slow = [] if (name, dtype) in OFTEN else [pytest.mark.slow]
+    return slow + [pytest.mark.xfail(strict=True)] * ((name, dtype) in SMALL_HEADS)
+
 
 MODELS = [
-    pytest.param(name, dtype, marks=() if (name, dtype) in OFTEN else pytest.mark.slow)
+    pytest.param(name, dtype, marks=_marks(name, dtype))
     for name in [*FAMILIES, "tiny"]
     for dtype in DTYPES
 ]
