@@ -47,7 +47,7 @@ class Job:
     scale: float = 1.0
     slo: Slo = field(default_factory=Slo)
     engine: Mapping[str, Any] = field(default_factory=dict)
-    sharding: Mapping[str, str] = field(default_factory=dict)
+    sharding: Mapping[str, Any] = field(default_factory=dict)
     quiet: bool = False
 
 

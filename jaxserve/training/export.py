@@ -66,6 +66,7 @@ def named_tensors(model: Model, params: Params) -> dict[str, np.ndarray]:
 def llama_config(shape: Shape) -> dict[str, Any]:
     """Returns the config.json of a shape."""
     config = shape.config()
+    assert config.final_norm is not None
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

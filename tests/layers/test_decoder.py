@@ -6,7 +6,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ from jaxserve.layers.decoder import Model, Output, Params, forward
 from jaxserve.layers.param import Declare, Orientation
 from jaxserve.layers.step import Step
 from jaxserve.pallas_kernels import kernel_set
-from jaxserve.partitioning.collectives import LocalComm, Part
+from jaxserve.partitioning.collectives import LocalComm, Part, Product
 from jaxserve.partitioning.layout import Stage
 
 from .tiny_models import MIXED, PARALLEL, POST_NORMED, SERIAL, random_params, restored, sequences
@@ -222,9 +221,9 @@ class Recording(LocalComm):
         self.seen.append((source, target))
         return x
 
-    def contract(self, x: Array, source: Stage, *rest: Any) -> Array:
+    def contract(self, x: Array, source: Stage, values: Array, dim: int, product: Product) -> Array:
         self.seen.append((source, Stage.CONTRACTED))
-        return super().contract(x, source, *rest)
+        return super().contract(x, source, values, dim, product)
 
     def distribute(self, parts: Sequence[Part]) -> list[Array]:
         self.seen.append(tuple(part.target for part in parts))

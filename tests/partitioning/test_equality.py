@@ -94,7 +94,8 @@ def test_products_beside_their_communication_give_the_same(family, mesh, ring) -
     ids=str,
 )
 def test_weights_of_int8_give_the_logits_of_one_device(family, mesh, pair, heads) -> None:
-    assert error(Case(family, mesh, *pair, heads, quantize=Quantization.INT8)) < LIMIT
+    prefill, decode = pair
+    assert error(Case(family, mesh, prefill, decode, heads, quantize=Quantization.INT8)) < LIMIT
 
 
 def test_each_device_rounds_its_part_of_a_row() -> None:

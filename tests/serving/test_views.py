@@ -70,6 +70,7 @@ def test_every_device_has_its_part_of_every_member() -> None:
     made = program(True, False, Orientation.IN_OUT)
     one = single(made.model).init(jax.random.key(1))
     held = placed(made, one)["layers"][0]["first"]["fused"]["values"]
+    assert made.mesh is not None
     first = next(s for s in held.addressable_shards if s.device == made.mesh.devices[0, 0, 0])
     q = one["layers"][0]["attention"]["qkv"]["separate"]["q"]["values"].reshape(48, -1)
     gate, up = (one["layers"][0]["mlp"]["hidden"]["separate"][n]["values"] for n in ("gate", "up"))

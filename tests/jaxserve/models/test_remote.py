@@ -341,7 +341,7 @@ def test_float32_logits_are_those_of_the_definition(
     name: str, tmp_path: Path, load: Load, logits_of: Forward
 ) -> None:
     model = MODELS[name](0)
-    wanted = model.reference.logits(PROMPT)
+    wanted = model.reference.logits(PROMPT.tolist())
     found = logits_of(load(checkpoint(tmp_path, model), "float32"), PROMPT)
     assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
 
