@@ -113,7 +113,10 @@ def test_a_prompt_can_be_piped(run: Run) -> None:
     )
 
 
-@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=() if case == "palm" else pytest.mark.slow) for case in CONFIGS],
+)
 def test_families_generate_from_a_directory(case: str, run: Run, tmp_path: Path) -> None:
     folder = random_checkpoint(tmp_path / case, case)
     options = ("--json", "--temperature", "0", "--max-tokens", "8")
