@@ -91,7 +91,7 @@ def load(
         devices: "cpu:8" takes eight devices on this processor; before JAX has started.
         quantize: "int8" rounds weights, with a scale per output channel; "w8a8" rounds each row of
             activations too. None keeps them as they are in the checkpoint.
-        backend: kernels to run: "xla" or "reference".
+        backend: kernels to run: "xla", "tpu" or "reference".
         engine: sizes of the engine that generates: sequences at once, memory for keys and values.
         streaming: keep so much of a sequence and no more, so that it may go on without end; None
             keeps all of it, up to the model's context.

@@ -21,10 +21,12 @@ from jaxserve.benchmark.cli import app as bench
 from jaxserve.errors import JaxserveError, UsageError
 from jaxserve.mesh_cli import (
     AttentionOption,
+    BackendOption,
     DevicesOption,
     LayoutOption,
     MeshOption,
     PrefillLayoutOption,
+    QuantizeOption,
     Sharding,
 )
 from jaxserve.plan_cli import app as plan
@@ -55,10 +57,6 @@ ModelOption = Annotated[
 ]
 DtypeOption = Annotated[
     str | None, typer.Option(help="bfloat16 or float32; by default as the checkpoint")
-]
-BackendOption = Annotated[str, typer.Option(help="kernels: xla or reference")]
-QuantizeOption = Annotated[
-    str | None, typer.Option(help="int8: round weights; w8a8: activations too")
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no summary")]
 MaxTokensOption = Annotated[int | None, typer.Option(help="longest completion, in tokens")]

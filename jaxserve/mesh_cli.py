@@ -1,4 +1,4 @@
-"""Options of every command that runs a model: the mesh, its layout and the devices."""
+"""Options of every command that runs a model: kernels, rounding, the mesh and its devices."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from jaxserve.config import ModelConfig
     from jaxserve.partitioning.layout_file import Layout
 
+BackendOption = Annotated[str, typer.Option(help="kernels: xla, tpu or reference")]
+QuantizeOption = Annotated[
+    str | None, typer.Option(help="int8: round weights; w8a8: activations too")
+]
 MeshOption = Annotated[
     str | None, typer.Option(help="devices along x, y and z, as 2,2,2; by default one device")
 ]

@@ -13,10 +13,12 @@ import typer
 
 from jaxserve.mesh_cli import (
     AttentionOption,
+    BackendOption,
     DevicesOption,
     LayoutOption,
     MeshOption,
     PrefillLayoutOption,
+    QuantizeOption,
     Sharding,
 )
 
@@ -69,10 +71,8 @@ def serve(
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16 or float32; by default as the checkpoint")
     ] = None,
-    backend: Annotated[str, typer.Option(help="kernels: xla or reference")] = "xla",
-    quantize: Annotated[
-        str | None, typer.Option(help="int8: round weights; w8a8: activations too")
-    ] = None,
+    backend: BackendOption = "xla",
+    quantize: QuantizeOption = None,
     mesh: MeshOption = None,
     layout: LayoutOption = None,
     prefill_layout: PrefillLayoutOption = None,

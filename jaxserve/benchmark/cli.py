@@ -16,6 +16,7 @@ from jaxserve.mesh_cli import (
     LayoutOption,
     MeshOption,
     PrefillLayoutOption,
+    QuantizeOption,
 )
 
 app = typer.Typer(help="Measure the engine on this machine, or a server.", no_args_is_help=True)
@@ -61,6 +62,7 @@ def throughput(
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16 or float32; by default as the checkpoint")
     ] = None,
+    quantize: QuantizeOption = None,
     mesh: MeshOption = None,
     layout: LayoutOption = None,
     prefill_layout: PrefillLayoutOption = None,
@@ -110,6 +112,7 @@ def throughput(
     job = Job(
         model=model,
         dtype=dtype,
+        quantize=quantize,
         requests=requests,
         rate=rate,
         seed=seed,
