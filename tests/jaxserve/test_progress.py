@@ -84,16 +84,22 @@ def test_the_bar_shows_amount_and_label(unit: Unit, words: str, monkeypatch: pyt
     assert words in out.getvalue()
 
 
+END = "<end>"
+
+
 def test_a_bar_on_a_real_terminal_is_redrawn_in_place(capsys: pytest.CaptureFixture[str]):
     parent, child = pty.openpty()
-    with os.fdopen(child, "w") as terminal:
+    with os.fdopen(parent, "rb", buffering=0) as screen, os.fdopen(child, "w") as terminal:
         shown = reporter(stream=terminal)
         assert isinstance(shown, Bar)
         with shown.task("loading", 2_000) as advance:
             print("a result")
             advance(2_000)
-    seen = os.read(parent, 100_000)
-    os.close(parent)
+        terminal.write(END)
+        terminal.flush()
+        seen = b""
+        while END.encode() not in seen:  # one read returns what has come so far
+            seen += screen.read(4096)
     assert b"loading" in seen
     assert b"\x1b[" in seen
     assert b"a result" not in seen
