@@ -11,12 +11,14 @@ from flax import nnx
 from jax import Array
 
 from jaxserve.config import AttentionSpec
-from jaxserve.layers.cache import AnyCache, At
+from jaxserve.errors import UnsupportedError
+from jaxserve.layers.cache import AnyCache, At, Cache, NoCache
 from jaxserve.layers.linear import Product, linear_from, linear_group
 from jaxserve.layers.norm import Norm
 from jaxserve.layers.param import Axis, Declare
 from jaxserve.layers.rope import rotate
 from jaxserve.layers.runtime import Runtime
+from jaxserve.pallas_kernels.attention.reference import probabilities, weighted
 from jaxserve.pallas_kernels.attention.scores import alibi_slopes
 from jaxserve.partitioning.collectives import LocalComm, Part
 from jaxserve.partitioning.layout import Stage
@@ -78,8 +80,36 @@ class Attention(nnx.Module):
             heads, cache = cache.attend(
                 layer, q, k, v, spec, run.kernels, sink_q, slopes, run.comm.stripe(spec)
             )
+        name = f"layers.{layer.index}.attention_probs"
+        if run.tap.wants(name):
+            heads = self._looked_into(name, (q, k, v), slopes, heads, cache, run)
         with jax.named_scope("out"):
             return linear_from(heads, Stage.QUERY, self.out, run.comm, run.kernels), cache
+
+    def _looked_into(
+        self,
+        name: str,
+        qkv: tuple[Array, Array, Array],
+        slopes: Array | None,
+        heads: Array,
+        cache: Cache,
+        run: Runtime,
+    ) -> Array:
+        """Returns heads[T, N, H], or what edited probabilities float32[B, N, L, S] give."""
+        if not isinstance(cache, NoCache):
+            raise UnsupportedError(f"{name} is there for whole sequences alone; use run")
+        assert cache.positions is not None
+        at = cache.positions
+        q, k, v = (x.reshape(*at.shape, *x.shape[1:]) for x in qkv)
+        k, v = (jnp.swapaxes(x, 1, 2) for x in (k, v))
+        found = probabilities(q, k, at, at, self.spec, slopes)
+        # Heads that pad are nobody's business.
+        real = [i for start, _, length in self.heads.spans() for i in range(start, start + length)]
+        shown = run.tap.pairs(name, found[:, np.array(real)])
+        if not run.tap.edits(name):
+            return heads
+        edited = weighted(found.at[:, np.array(real)].set(shown), v)
+        return edited.reshape(heads.shape).astype(heads.dtype)
 
     def _adjusted(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
         """Returns queries, keys and values clipped and normed, where the model does that."""

@@ -111,7 +111,7 @@ class Block(nnx.Module):
         """Returns the runtime with the routing to experts, where there are any, reported."""
         run = self.mlp.route(x, run)
         if run.routing is not None:
-            run.tap(f"layers.{layer.index}.expert_load", run.routing.load)
+            run.tap.show(f"layers.{layer.index}.expert_load", run.routing.load)
         return run
 
     def _input(self, x: Array, norm: Norm | None, run: Runtime) -> Array:

@@ -12,7 +12,6 @@ static argument.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,7 +78,7 @@ class Decoder(nnx.Module):
 
     def hidden(self, step: Step, cache: AnyCache, run: Runtime) -> tuple[Array, AnyCache]:
         """Returns (the normed residual stream [T, embed] after the last block, the cache)."""
-        x = rows_of(self.embedding, step.tokens, run.comm)
+        x = run.tap("input", rows_of(self.embedding, step.tokens, run.comm))
         if self.widening is not None:
             x = self.widening.enter(x, run.comm, run.kernels)
         x = run.tap("embed", self.entrance(x, step.positions, run))
@@ -208,8 +207,7 @@ def forward(
     comm: Comm,
     kernels: KernelSet,
     rows: Array | None = None,
-    capture: tuple[str, ...] = (),
-    edit: Mapping[str, Callable[[Array], Array]] | None = None,
+    taps: Taps | None = None,
     target: Stage = Stage.WHOLE,
 ) -> tuple[Output, AnyCache]:
     """Returns (output, cache) of one step.
@@ -217,25 +215,25 @@ def forward(
     Args:
         params: arrays in the tree of `model.abstract_params()`.
         rows: int32[R], tokens whose logits are wanted; None wants all.
-        capture: names or patterns of activations to return in `Output.taps`.
-        edit: name -> function applied to that activation.
+        taps: activations to return in `Output.taps`, and to change.
         target: where the logits are needed.
 
     Raises:
-        UsageError: `capture` or `edit` names an activation that the model does not have.
+        UsageError: `taps` name an activation that the model does not have.
+        UnsupportedError: activations lie in pieces here, or layers in one array.
     """
     decoder = _decoder(model, params)
-    if (capture or edit) and not (comm.whole and not model.declare.stack):
+    taps = Taps() if taps is None else taps
+    if taps.asked and not (comm.whole and not model.declare.stack):
         raise UnsupportedError(
-            "capture and edit need whole activations and layers of their own; load the model on "
-            "one device, without a mesh"
+            "taps need whole activations and layers of their own; LLM.run has both on any mesh"
         )
-    taps = Taps(capture, edit)
     attentions = {layer.attention for layer in model.config.layers}
     run = Runtime.begin(step, attentions, comm, kernels, taps)
     hidden, cache = decoder.hidden(step, cache, run)
     with jax.named_scope("logits"):
         logits = decoder.logits(comm.take(hidden, rows), comm, kernels, target)
+    logits = taps("logits", logits)
     taps.check()
     return Output(logits, hidden, taps.captured), cache
 
@@ -254,5 +252,7 @@ def logits_of(
 
 
 def _decoder(model: Model, params: Params) -> Decoder:
-    """Returns the declared decoder with its weights."""
-    return nnx.merge(nnx.graphdef(model.module()), params)
+    """Returns the declared decoder with its weights, in dicts or in mappings of other kinds."""
+    flat = jax.tree.leaves_with_path(params)
+    plain = tree_of((tuple(getattr(key, "key", key) for key in path), leaf) for path, leaf in flat)
+    return nnx.merge(nnx.graphdef(model.module()), plain)

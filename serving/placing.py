@@ -102,7 +102,8 @@ def placed(program: Program, params: Params) -> Params:
             model's shape, or without its padding.
 
     Raises:
-        UsageError: one is missing, left over or of another shape; the message names the first.
+        UsageError: one is missing, left over, of another shape or dtype or, without a mesh, on
+            other devices; the message names the first.
     """
     model, place = program.model, places_of(program)
     alone, given = single(model), dict(leaves_of(params))
@@ -111,7 +112,8 @@ def placed(program: Program, params: Params) -> Params:
             raise UsageError(message)
         given = dict(leaves_of(stored(model, tree_of(_padded(alone, given).items()))))
     elif place is None:
-        return params
+        _check_devices(given)
+        return tree_of(given.items())
     flat = _padded(model, given)
     if place is not None:
         axes = {path: leaf.axes for path, leaf in named_parameters(model.module())}
@@ -151,7 +153,46 @@ def _misfit(model: Model, given: dict[Any, Any]) -> str | None:
                 f"params{_written(path)} has shape {shape}, expected {expected[0]}; params are "
                 "laid out as Model(config, declare).abstract_params() with the same declare"
             )
+        found, dtype = given[path].dtype, leaves[path].get_value().dtype
+        if found != dtype:
+            return (
+                f"params{_written(path)} has dtype {found}, expected {dtype}; convert it, as in "
+                "jax.tree.map(lambda new, old: new.astype(old.dtype), params, llm.params)"
+            )
     return None
+
+
+def _check_devices(given: dict[Any, Any]) -> None:
+    """Checks that parameters lie where a program of one device runs.
+
+    Raises:
+        UsageError: one lies elsewhere.
+    """
+    home = jnp.zeros(()).devices()
+    for path, value in given.items():
+        lies = value.devices() if isinstance(value, jax.Array) else home
+        if lies != home:
+            raise UsageError(
+                f"params{_written(path)} lies on {_counted(lies)}, and the model runs on "
+                f"{_counted(home)}; use jax.device_put(params, jax.devices()[0]), or a model that "
+                "was loaded with a mesh"
+            )
+
+
+def _counted(devices: set[Any]) -> str:
+    return str(*devices) if len(devices) == 1 else f"{len(devices)} devices"
+
+
+def declared(config: ModelConfig, params: Params) -> Declare:
+    """Returns how parameters are stored: the first of the usual ways that they fit.
+
+    Where they fit none it is the plain way, which `placed` then says more about.
+    """
+    given = dict(leaves_of(params))
+    dtypes = {str(value.dtype) for value in given.values() if value.dtype != jnp.int8}
+    dtype = "bfloat16" if "bfloat16" in dtypes else "float32"
+    ways = [Declare(dtype), Declare.best("cpu", dtype), Declare.best("tpu", dtype)]
+    return next((way for way in ways if _misfit(Model(config, way), given) is None), ways[0])
 
 
 def _padded(model: Model, given: dict[Any, Any]) -> dict[Any, Any]:

@@ -22,14 +22,26 @@ from jax import Array
 
 from jaxserve.checkpoint.stored import Stored, stored_parameters
 from jaxserve.layers.decoder import Model, Params
-from jaxserve.layers.param import interleaved
+from jaxserve.layers.param import interleaved, tree_of
 from jaxserve.partitioning.mesh import Sharding
+
+_MOST_LINES = 40
+"""Of the text of a tree."""
+
+
+class Later(NamedTuple):
+    """An array that is made when it is asked for."""
+
+    make: Callable[[], Array]
+    shape: tuple[int, ...]
+    dtype: Any
 
 
 class Views(Mapping[Any, Any]):
-    """A branch of the tree: keys in order, each with a branch, or with how to make an array.
+    """A branch of the tree: keys in order, each with a branch, an array, or how to make one.
 
-    To JAX it is a tree like a dict, all of whose arrays are made when it is taken apart.
+    To JAX it is a tree like a dict, all of whose arrays are made when it is taken apart. Its text
+    names what there is, and shows no numbers.
     """
 
     def __init__(self, entries: Mapping[Any, Any]) -> None:
@@ -37,7 +49,7 @@ class Views(Mapping[Any, Any]):
 
     def __getitem__(self, key: Any) -> Any:
         found = self._entries[key]
-        return found() if callable(found) else found
+        return found.make() if isinstance(found, Later) else found
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._entries)
@@ -46,15 +58,28 @@ class Views(Mapping[Any, Any]):
         return len(self._entries)
 
     def __repr__(self) -> str:
-        return f"Views({', '.join(map(repr, self))})"
+        lines = list(self._lines(""))
+        more = [f"and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
+        return "\n".join([*lines[:_MOST_LINES], *more])
+
+    def _lines(self, before: str) -> Iterator[str]:
+        """Yields the name, dtype and shape of every array below."""
+        for key, found in self._entries.items():
+            name = f"{before}{key}"
+            if isinstance(found, Views):
+                yield from found._lines(f"{name}.")
+            elif hasattr(found, "shape") and hasattr(found, "dtype"):
+                yield f"{name:<52} {found.dtype}{list(found.shape)}"
+            else:
+                yield f"{name:<52} {type(found).__name__}"
 
 
 def _with_keys(tree: Views) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
     return [(jax.tree_util.DictKey(key), tree[key]) for key in tree], tuple(tree)
 
 
-def _of_keys(keys: tuple[Any, ...], values: Iterable[Any]) -> Any:
-    return dict(zip(keys, values, strict=True))
+def _of_keys(keys: tuple[Any, ...], values: Iterable[Any]) -> Views:
+    return Views(dict(zip(keys, values, strict=True)))
 
 
 jax.tree_util.register_pytree_with_keys(Views, _with_keys, _of_keys)
@@ -70,7 +95,7 @@ def single(model: Model) -> Model:
     return Model(model.config, replace(declare, fuse=fuse, stack=False))
 
 
-def views(model: Model, params: Params, place: Sharding | None) -> Params:
+def views(model: Model, params: Params, place: Sharding | None) -> Views:
     """Returns parameters in the tree of `single(model)`.
 
     Args:
@@ -78,7 +103,7 @@ def views(model: Model, params: Params, place: Sharding | None) -> Params:
     """
     alone = single(model)
     if alone == model:
-        return params
+        return _branches(tree_of(leaves_of(params)))
     arrays = dict(leaves_of(params))
     held = _held(model)
     tree: dict[Any, Any] = {}
@@ -88,7 +113,9 @@ def views(model: Model, params: Params, place: Sharding | None) -> Params:
         for key in one.path[:-1]:
             branch = branch.setdefault(key, {})
         part = held[one.pieces[0].name]
-        branch[one.path[-1]] = partial(_taken, arrays[part.stored.path], one, part, place_of)
+        value = arrays[part.stored.path]
+        made = partial(_taken, value, one, part, place_of)
+        branch[one.path[-1]] = Later(made, tuple(one.shape), value.dtype)
     return _branches(tree)
 
 
@@ -174,5 +201,5 @@ def leaves_of(params: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
         yield tuple(getattr(key, "key", key) for key in keys), value
 
 
-def _branches(tree: dict[Any, Any]) -> Any:
+def _branches(tree: dict[Any, Any]) -> Views:
     return Views({k: _branches(v) if isinstance(v, dict) else v for k, v in tree.items()})

@@ -33,14 +33,36 @@ def attention(
             no query sees a later index (a hint; it changes no result).
         slopes: float32[N], see `alibi_bias`.
     """
-    groups = q.shape[2] // k.shape[1]
-    wide_k = jnp.repeat(k.astype(jnp.float32), groups, axis=1)
-    wide_v = jnp.repeat(v.astype(jnp.float32), groups, axis=1)
-    exact = lax.Precision.HIGHEST
-    scores = jnp.einsum("BLNH,BNSH->BNLS", q.astype(jnp.float32), wide_k, precision=exact)
+    weights = probabilities(q, k, q_positions, k_positions, spec, slopes)
+    return weighted(weights, v).astype(q.dtype)
+
+
+def probabilities(
+    q: Array,
+    k: Array,
+    q_positions: Array,
+    k_positions: Array,
+    spec: AttentionSpec,
+    slopes: Array | None = None,
+) -> Array:
+    """Returns float32[B, N, L, S], softmax(scale q k + bias); arguments as of `attention`."""
+    wide_k = _repeated(k, q.shape[2])
+    scores = jnp.einsum(
+        "BLNH,BNSH->BNLS", q.astype(jnp.float32), wide_k, precision=lax.Precision.HIGHEST
+    )
     scores = capped(scores * spec.score_scale, spec)
     if spec.alibi is not None:
         scores = scores + alibi_bias(spec.alibi, q.shape[2], k_positions, slopes)[:, :, None, :]
     mask = visible(q_positions, k_positions, spec.window)[:, None]
-    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
-    return jnp.einsum("BNLS,BNSH->BLNH", weights, wide_v, precision=exact).astype(q.dtype)
+    return jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
+
+
+def weighted(weights: Array, v: Array) -> Array:
+    """Returns float32[B, L, N, H], the sum of v[B, K, S, H] by weights float32[B, N, L, S]."""
+    wide_v = _repeated(v, weights.shape[1])
+    return jnp.einsum("BNLS,BNSH->BLNH", weights, wide_v, precision=lax.Precision.HIGHEST)
+
+
+def _repeated(x: Array, num_heads: int) -> Array:
+    """Returns keys or values float32[B, N, S, H], each repeated for its query heads."""
+    return jnp.repeat(x.astype(jnp.float32), num_heads // x.shape[1], axis=1)

@@ -126,6 +126,7 @@ def test_the_residual_grows_by_what_the_taps_show(kind: BlockKind) -> None:
         return taps.captured
 
     shown = run(jnp.asarray(X))
-    assert sorted(shown) == ["layers.4.attention", "layers.4.mlp", "layers.4.resid"]
+    names = ["layers.4.attention", "layers.4.attention_probs", "layers.4.mlp", "layers.4.resid"]
+    assert sorted(shown) == names
     wanted = X + shown["layers.4.attention"] + shown["layers.4.mlp"]
     np.testing.assert_allclose(shown["layers.4.resid"], wanted, atol=1e-6)

@@ -19,6 +19,7 @@ from jaxserve.layers.cache import NoCache
 from jaxserve.layers.decoder import Model, Output, Params, forward
 from jaxserve.layers.param import Declare, Orientation
 from jaxserve.layers.step import Step
+from jaxserve.layers.tap import Taps
 from jaxserve.pallas_kernels import kernel_set
 from jaxserve.partitioning.collectives import LocalComm, Part, Product
 from jaxserve.partitioning.layout import Stage
@@ -41,7 +42,8 @@ def compiled(
     capture: tuple[str, ...] = (),
 ) -> Output:
     kernels = kernel_set(backend)
-    return forward(model, params, step, NoCache(batch), LocalComm(), kernels, capture=capture)[0]
+    taps = Taps(capture)
+    return forward(model, params, step, NoCache(batch), LocalComm(), kernels, taps=taps)[0]
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +133,8 @@ def test_logits_of_chosen_rows_are_those_rows(small: Params) -> None:
 def edited(params: Params, edit: Mapping[str, Callable[[Array], Array]]) -> Array:
     @jax.jit
     def run(params: Params, step: Step) -> Array:
-        out, _ = forward(SMALL, params, step, NoCache(2), LocalComm(), kernel_set(), edit=edit)
+        taps = Taps(edit=edit)
+        out, _ = forward(SMALL, params, step, NoCache(2), LocalComm(), kernel_set(), taps=taps)
         return out.logits
 
     return run(params, sequences(ROWS))
@@ -158,9 +161,11 @@ def test_every_block_and_both_ends_can_be_captured() -> None:
     out = jax.eval_shape(
         lambda params: compiled(MODEL, params, step, 2, capture=("*",)), MODEL.abstract_params()
     )
-    parts = [f"layers.{i}.{part}" for i in range(4) for part in ("attention", "mlp", "resid")]
-    assert set(out.taps) == {"embed", *parts, "final"}
-    assert {x.shape for x in out.taps.values()} == {(2 * LENGTH, 8)}
+    names = ("attention_probs", "attention", "mlp", "resid")
+    parts = [f"layers.{i}.{name}" for i in range(4) for name in names]
+    assert list(out.taps) == sorted(["input", "embed", *parts, "final", "logits"])
+    wide = [x.shape for name, x in out.taps.items() if not name.endswith(("_probs", "logits"))]
+    assert set(wide) == {(2 * LENGTH, 8)}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -258,3 +263,25 @@ def test_models_are_equal_by_value_and_hold_no_arrays() -> None:
     assert again != Model(MIXED, Declare(fuse=True))
     leaves = jax.tree.leaves(MODEL.abstract_params())
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+
+
+def test_probabilities_are_those_of_attention_and_an_edit_of_them_changes_it(
+    params: Params,
+) -> None:
+    names = ("layers.*.attention_probs", "layers.*.attention")
+    out = compiled(MODEL, params, sequences(ROWS), 2, capture=names)
+    for index, layer in enumerate(MIXED.layers):
+        probs = out.taps[f"layers.{index}.attention_probs"]
+        assert probs.shape == (2, layer.attention.num_heads, LENGTH, LENGTH)
+        np.testing.assert_allclose(jnp.sum(probs, axis=-1), 1, atol=1e-5)
+        assert not jnp.triu(probs, 1).any()
+
+    @partial(jax.jit, static_argnames="change")
+    def run(step: Step, change: Callable[[Array], Array]) -> Output:
+        taps = Taps(names, {"layers.*.attention_probs": change})
+        return forward(MODEL, params, step, NoCache(2), LocalComm(), kernel_set(), taps=taps)[0]
+
+    same = run(sequences(ROWS), lambda x: x + 0)
+    np.testing.assert_allclose(same.logits, out.logits, atol=1e-5)
+    spread = run(sequences(ROWS), lambda x: jnp.tril(jnp.ones_like(x)) / LENGTH)
+    assert not np.allclose(spread.logits, out.logits, atol=1e-3)

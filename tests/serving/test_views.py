@@ -23,7 +23,7 @@ from jaxserve.pallas_kernels import kernel_set
 from jaxserve.partitioning.layout_file import Layout, choose
 from jaxserve.serving.generation import Program
 from jaxserve.serving.placing import placed, places_of, program_of
-from jaxserve.serving.views import single, views
+from jaxserve.serving.views import Views, single, views
 
 SERIAL = LayerSpec(
     AttentionSpec(6, 2, 8, rope=RopeSpec(8), qkv_bias=True),
@@ -98,4 +98,24 @@ def test_a_view_is_made_where_it_is_asked_for() -> None:
 def test_weights_on_one_device_are_shown_as_they_are_stored() -> None:
     model = Model(program(False, False, Orientation.IN_OUT).model.config, Declare(fuse=True))
     params = model.init(jax.random.key(0))
-    assert views(model, params, None) is params
+    shown = views(model, params, None)
+    assert jax.tree.leaves(shown) == jax.tree.leaves(params)
+    assert shown["final_norm"]["scale"] is params["final_norm"]["scale"]
+
+
+@pytest.mark.parametrize("stack", [False, True])
+def test_the_text_of_a_tree_has_shapes_and_no_numbers(stack: bool) -> None:
+    made = program(False, stack, Orientation.IN_OUT)
+    held = placed(made, single(made.model).init(jax.random.key(0)))
+    text = repr(views(made.model, held, places_of(made)))
+    assert "layers.1.attention.qkv.separate.q.values" in text and "float32[48, 8, 8]" in text
+    assert "0." not in text.replace("layers.0.", "")
+
+
+def test_a_tree_and_what_is_computed_from_it_are_of_one_kind() -> None:
+    model = Model(program(False, False, Orientation.IN_OUT).model.config, Declare())
+    shown = views(model, model.init(jax.random.key(0)), None)
+    doubled = jax.tree.map(lambda x: 2 * x, shown)
+    assert isinstance(doubled, Views)
+    both = jax.tree.map(lambda a, b: b - 2 * a, shown, doubled)
+    assert not any(x.any() for x in jax.tree.leaves(both))
