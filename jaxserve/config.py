@@ -72,6 +72,25 @@ class NormPlace(StrEnum):
     SUM = "sum"
 
 
+class KvDtype(StrEnum):
+    """Types of one byte that keys and values may be kept in, with a scale per token and head."""
+
+    INT8 = "int8"
+    FP8 = "float8_e4m3fn"
+
+    @classmethod
+    def named(cls, name: str) -> KvDtype:
+        """Returns the type that a person calls "int8" or "fp8".
+
+        Raises:
+            UsageError: there is no such type.
+        """
+        known = {"int8": cls.INT8, "fp8": cls.FP8}
+        if name not in known:
+            raise UsageError(f"kv_dtype={name!r} is not supported; use {' or '.join(known)}")
+        return known[name]
+
+
 class CacheKind(StrEnum):
     """What a layer remembers of earlier tokens."""
 
@@ -372,9 +391,15 @@ class CacheSpec:
     sink_tokens: int = 0
 
     @property
+    def scaled(self) -> bool:
+        """Returns whether each token's key and value of a head have a scale, in float32."""
+        return self.dtype in list(KvDtype)
+
+    @property
     def bytes_per_token(self) -> int:
-        """Returns the bytes that one token costs in one layer."""
-        return math.prod(self.token_shape) * dtype_bytes(self.dtype)
+        """Returns the bytes that one token costs in one layer, scales included."""
+        scales = math.prod(self.token_shape[:2]) * dtype_bytes("float32") if self.scaled else 0
+        return math.prod(self.token_shape) * dtype_bytes(self.dtype) + scales
 
     def bytes_per_sequence(self, context_tokens: int) -> int:
         """Returns the bytes that a sequence of `context_tokens` costs in one layer."""

@@ -132,26 +132,54 @@ class Striped(NamedTuple):
     Attributes:
         kept, seen: int32[T], where a token is written and the last key that it sees.
         page_size: tokens of a page that are kept here.
-        outputs: further results of attention.
+        stripe: the share of every page that is kept here; None keeps pages whole.
     """
 
     kept: Array
     seen: Array
     page_size: int
-    outputs: tuple[Extra, ...]
     stripe: Stripe | None
 
     @classmethod
     def of(cls, positions: Array, page_size: int, stripe: Stripe | None) -> Striped:
         """Returns the positions themselves where pages are whole."""
         if stripe is None:
-            return cls(positions, positions, page_size, (), None)
+            return cls(positions, positions, page_size, None)
         kept, seen = stripe.kept(positions, page_size), stripe.seen(positions, page_size)
-        return cls(kept, seen, page_size // stripe.count, (Extra.LSE,), stripe)
+        return cls(kept, seen, page_size // stripe.count, stripe)
 
-    def whole(self, found: Any) -> Array:
-        """Returns attention over the keys of all devices."""
-        return found if self.stripe is None else self.stripe.merged(*found)
+    def attend(
+        self,
+        kernels: KernelSet,
+        new: tuple[Array, Array, Array],
+        pages: Any,
+        places: tuple[Array, Array, Array],
+        kv_len: Array,
+        spec: AttentionSpec,
+        pinned_pages: int = 0,
+        **options: Any,
+    ) -> tuple[Array, Any]:
+        """Returns (attention over the keys of all devices, the pages with the new tokens).
+
+        Args:
+            new: (q, k, v) of the step's tokens.
+            places: (page table, row of each token, first token of each row).
+            kv_len: int32[B], keys of each row that are kept here.
+            options: see `paged_attention.reference`.
+        """
+        q, k, v = new
+        table, row_of_token, q_start = places
+        cut = {"page_size": self.page_size, "pinned_pages": pinned_pages}
+        options |= cut | {"sink_tokens": spec.sink_tokens}
+        if self.stripe is None:
+            return kernels.write_and_attend(
+                q, k, v, pages, table, row_of_token, q_start, kv_len, self.seen, spec, **options
+            )
+        pages = kernels.write_pages(pages, k, v, table, row_of_token, self.kept, **cut)
+        found = kernels.paged_attention(
+            q, pages, table, q_start, kv_len, self.seen, spec, outputs=(Extra.LSE,), **options
+        )
+        return self.stripe.merged(*found), pages
 
 
 @jax.tree_util.register_dataclass
@@ -195,7 +223,7 @@ class DenseCache:
         turns = config.num_layers // len(config.pattern) if declare.stack else 1
         layers = config.pattern if declare.stack else config.layers
         own = (comm.local(declare.attention(layer.attention)) for layer in layers)
-        specs = (cache_spec(spec, declare.dtype) for spec in own)
+        specs = (cache_spec(spec, declare.cache_dtype) for spec in own)
         if PAGE_SIZE % comm.num_stripes:
             raise UsageError(
                 f"pages of {PAGE_SIZE} tokens do not divide over {comm.num_stripes} devices along "
@@ -230,31 +258,18 @@ class DenseCache:
         if layer.turn is not None:
             table = table + layer.turn * table.size
         step = Striped.of(self.positions, PAGE_SIZE, stripe)
-        pages = kernels.write_pages(
+        out, pages = step.attend(
+            kernels,
+            (q, k, v),
             self.pages[layer.index],
-            k,
-            v,
-            table,
-            jnp.repeat(row[:-1], length),
-            step.kept,
-            page_size=step.page_size,
-        )
-        out = kernels.paged_attention(
-            q,
-            pages,
-            table,
-            row * length,
+            (table, jnp.repeat(row[:-1], length), row * length),
             jnp.max(step.seen.reshape(batch, length), axis=1) + 1,
-            step.seen,
             spec,
-            page_size=step.page_size,
-            outputs=step.outputs,
-            sink_tokens=spec.sink_tokens,
             q_sink=sink_q,
             slopes=slopes,
             max_query=length,
         )
-        return step.whole(out), replace(self, pages=_replaced(self.pages, layer.index, pages))
+        return out, replace(self, pages=_replaced(self.pages, layer.index, pages))
 
     def end(self) -> DenseCache:
         """Returns the cache without positions."""

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxserve.config import AttentionSpec, BlockKind, LayerSpec, Quantization
+from jaxserve.config import AttentionSpec, BlockKind, KvDtype, LayerSpec, Quantization
 from jaxserve.partitioning.padding import Padding
 
 
@@ -195,6 +195,7 @@ class Declare:
         copies: length of that array, while a repeated layer is declared.
         padding: sizes that divide over a mesh; None keeps the model's own.
         quantize: weights are int8 with a scale per output channel; vectors stay in `dtype`.
+        kv_dtype: keys and values are rounded when they are kept; None keeps them in `dtype`.
     """
 
     dtype: str = "float32"
@@ -204,6 +205,12 @@ class Declare:
     copies: int | None = None
     padding: Padding | None = None
     quantize: Quantization | None = None
+    kv_dtype: KvDtype | None = None
+
+    @property
+    def cache_dtype(self) -> str:
+        """Returns the dtype that keys and values are kept in."""
+        return self.dtype if self.kv_dtype is None else self.kv_dtype.value
 
     @classmethod
     def best(cls, platform: str, dtype: str) -> Declare:

@@ -28,6 +28,7 @@ FOLDERS = {
     "init_pages": "paged_attention",
     "write_pages": "paged_attention",
     "copy_pages": "paged_attention",
+    "write_and_attend": "paged_attention",
     "paged_attention": "paged_attention",
 }
 """Where each kernel of a set lives."""
@@ -43,7 +44,8 @@ class KernelSet:
         ragged_matmul: see `ragged_matmul.reference`.
         int8_matmul: see `int8_matmul.reference`.
         attention: see `attention.reference`.
-        init_pages, write_pages, copy_pages, paged_attention: see `paged_attention.reference`.
+        init_pages, write_pages, copy_pages, paged_attention, write_and_attend: see
+            `paged_attention.reference`.
     """
 
     backend: str
@@ -55,6 +57,7 @@ class KernelSet:
     write_pages: Callable[..., Any]
     copy_pages: Callable[..., Any]
     paged_attention: Callable[..., Any]
+    write_and_attend: Callable[..., Any]
 
 
 def resolve(op: str, backend: str) -> Callable[..., Any]:

@@ -17,6 +17,8 @@ from jaxserve.serving.batch import Ladder
 from jaxserve.serving.engine import Engine
 from jaxserve.serving.generation import Program
 from jaxserve.serving.memory_plan import device_memory, memory_plan
+from jaxserve.serving.multihost.follower import Follower
+from jaxserve.serving.multihost.leader import Leader, LeadingRunner
 from jaxserve.serving.options import (
     DEFAULT_KV_BYTES,
     EngineOptions,
@@ -42,13 +44,17 @@ class ModelEngine:
         params: Params,
         options: EngineOptions,
         report: CompileReport | None = None,
+        ranks: Leader | Follower | None = None,
     ) -> Self:
         """Returns an engine for a model; nothing is compiled yet.
 
         Args:
             report: called after each compilation.
+            ranks: the processes that serve the model together.
         """
         room = options.kv_bytes or _room_on_device(program, params, options, device_memory())
+        if ranks is not None:
+            room = ranks.agree("room", room)  # the pool is as large on every host
         runner = _runner(program, params, options, room, report)
         context = program.model.config.max_context_tokens
         shards = program.comm.num_shards
@@ -58,7 +64,8 @@ class ModelEngine:
             # Keys of equal beginnings differ where prompts differ in length.
             each = replace(each, prefix_cache=False)
         scheduling = scheduler_config(each, runner.geometry, context, shards)
-        return cls(Engine(runner, scheduling), runner)
+        led = LeadingRunner(runner, ranks) if isinstance(ranks, Leader) else runner
+        return cls(Engine(led, scheduling), runner)
 
     def update(self, params: Params) -> None:
         """Takes other weights; cached prefixes of the old ones are forgotten.
@@ -86,7 +93,9 @@ def _runner(
     return ModelRunner(
         program,
         params,
-        size_cache(config, each, program.model.declare.dtype, kv_bytes, program.comm.num_stripes),
+        size_cache(
+            config, each, program.model.declare.cache_dtype, kv_bytes, program.comm.num_stripes
+        ),
         Ladder.of(each.max_step_tokens, each.max_sequences, program.token_multiple),
         shards * each.max_sequences,
         history_tokens(config),

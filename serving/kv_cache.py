@@ -146,34 +146,20 @@ class PagedCache:
             table = table + layer.turn * group.num_pages
         page_size = self.geometry.page_size
         step = Striped.of(self.positions, page_size, stripe)
-        pages = kernels.write_pages(
+        out, pages = step.attend(
+            kernels,
+            (q, k, v),
             self.pages[place],
-            k,
-            v,
-            table,
-            self.row_of_token,
-            step.kept,
-            page_size=step.page_size,
-            pinned_pages=group.pinned_pages,
-        )
-        out = kernels.paged_attention(
-            q,
-            pages,
-            table,
-            self.q_start,
+            (table, self.row_of_token, self.q_start),
             self.kv_len if stripe is None else stripe.seen(self.kv_len - 1, page_size) + 1,
-            step.seen,
             spec,
-            page_size=step.page_size,
-            outputs=step.outputs,
-            pinned_pages=group.pinned_pages,
-            sink_tokens=spec.sink_tokens,
+            group.pinned_pages,
             q_sink=sink_q,
             slopes=slopes,
             max_query=1 if self.decode_only else None,
         )
         after = [*self.pages[:place], pages, *self.pages[place + 1 :]]
-        return step.whole(out), replace(self, pages=after)
+        return out, replace(self, pages=after)
 
     def end(self) -> PagedCache:
         """Returns the cache without positions."""

@@ -266,7 +266,7 @@ def _attention(case: dict[str, Any], items: int, trips: int) -> tuple[Any, Any]:
         q_pos=None,
         slopes=shaped((heads, build.rows, 1), jnp.float32) if spec.alibi else None,
         mask=None,
-        scales=shaped((items, 8, scale_rows, mosaic.LANES), jnp.float32) if scaled else None,
+        scales=shaped((items, 8, scale_rows, build.block), jnp.float32) if scaled else None,
         fresh=None,
         pages=shaped((items * width + 1, heads, page_size, lanes), dtype),
     )

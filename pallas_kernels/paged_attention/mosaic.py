@@ -136,7 +136,7 @@ class Operands(NamedTuple):
         q_pos: int32[I, queries, 1], where an item has more than one token.
         slopes: float32[K, rows, 1] in base two.
         mask: float32[I, queries, newest in whole lanes].
-        scales: float32[B, blocks, 2 * K in whole registers, LANES], by page of a block.
+        scales: float32[B, blocks, 2 * K in whole registers, block], of each key and value.
         fresh: [I, K, 1, lanes], keys and values to store.
         pages: [P, K, page_size, lanes].
     """
@@ -161,7 +161,6 @@ class _Scratch(NamedTuple):
     copied: Any
     scales: Any
     scaled: Any
-    expanded: Any
     stored: Any
     top: Any
     total: Any
@@ -203,14 +202,13 @@ def attend(build: Build, given: Operands, interpret: Any) -> tuple[Array, Array 
         out_shape.append(jax.ShapeDtypeStruct(given.pages.shape, given.pages.dtype))
         out_specs.append(anywhere)
     state = jax.ShapeDtypeStruct((heads, build.rows, LANES), jnp.float32)
-    scale_rows = 1 if given.scales is None else given.scales.shape[2]
+    scale_shape = (1, LANES) if given.scales is None else given.scales.shape[2:]
     page = (heads, build.page_size, lanes)
     scratch = [
         pltpu.VMEM((2, build.pages_per_block, *page), given.pages.dtype),
         pltpu.SemaphoreType.DMA((2,)),
-        pltpu.VMEM((2, scale_rows, LANES), jnp.float32),
+        pltpu.VMEM((2, *scale_shape), jnp.float32),
         pltpu.SemaphoreType.DMA((2,)),
-        pltpu.VMEM((scale_rows, build.block if build.scaled else LANES), jnp.float32),
         pltpu.SemaphoreType.DMA,
         pltpu.VMEM(state.shape, jnp.float32),
         pltpu.VMEM(state.shape, jnp.float32),
@@ -252,7 +250,8 @@ def vmem_bytes(build: Build, page_dtype: Any, q_dtype: Any) -> int:
     state = heads * rows * (2 * LANES + lanes) * 4
     extra = heads * rows * LANES * 4 * (build.lse + (spec.alibi is not None)) * 2
     scores = 6 * min(rows, 1024) * build.block * 4
-    return max(16 << 20, 2 * block + 4 * item + state + extra + scores + (4 << 20))
+    scales = 2 * (2 * heads + SUBLANES) * build.block * 4 * build.scaled
+    return max(16 << 20, 2 * block + 4 * item + state + extra + scores + scales + (4 << 20))
 
 
 def _kernel(build: Build, names: list[str], numbers: Any, first: Any, table: Any, *refs: Any):
@@ -342,7 +341,7 @@ class _Step:
         return pltpu.make_async_copy(self.pages.at[page], into, self.scratch.copied.at[slot])
 
     def copy_scales(self, item: Any, block: Any, slot: Any) -> Any:
-        """Returns the copy of the scales of a block's pages."""
+        """Returns the copy of the scales of a block."""
         place = block
         if self.spec.window is not None:
             sinks = self.build.sink_blocks
@@ -457,8 +456,6 @@ class _Step:
         start = block * build.block
         k_pos = start + lax.broadcasted_iota(jnp.int32, (1, build.block), 1)
         seen = self.seen(item, k_pos) if masked else None
-        if build.scaled:
-            self.scratch.expanded[...] = self.expanded(slot)
         if build.unrolled:
             self.add_heads(slot, k_pos, seen, tuple(range(self.spec.num_kv_heads)))
             return
@@ -494,17 +491,6 @@ class _Step:
         seen = jnp.concatenate([seen.astype(jnp.int32)] * build.group, axis=0)
         return seen > 0
 
-    def expanded(self, slot: Any) -> Any:
-        """Returns float32[2 * K, block], each page's scales at the places of its tokens."""
-        build = self.build
-        scales = self.scratch.scales[slot]
-        lane = lax.broadcasted_iota(jnp.int32, scales.shape, 1)
-        parts = [
-            jnp.take_along_axis(scales, lax.div(lane + start, build.page_size), axis=1)
-            for start in range(0, build.block, LANES)
-        ]
-        return jnp.concatenate(parts, axis=1)
-
     def add_heads(self, slot: Any, k_pos: Any, seen: Any, heads: tuple[Any, ...]) -> None:
         """Adds a block to the sums of some key heads' queries, all heads or one."""
         build, scratch = self.build, self.scratch
@@ -516,7 +502,7 @@ class _Step:
         if seen is not None and seen.shape[0] > 1:
             seen = jnp.concatenate([seen.astype(jnp.int32)] * len(heads), axis=0) > 0
         held = [self.held(slot, head) for head in heads]
-        scores = self.scores(held, heads, k_pos, seen)
+        scores = self.scores(held, heads, slot, k_pos, seen)
         before, top = top, jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
         weights = jnp.exp2(scores - top[:, :1])
         fade = jnp.exp2(before - top)
@@ -524,7 +510,7 @@ class _Step:
         for start in range(0, build.block, LANES):
             total = total + weights[:, start : start + LANES]
         faded = jnp.concatenate([fade] * (out.shape[1] // LANES), axis=1)
-        out = out * faded + self.summed(held, heads, weights)
+        out = out * faded + self.summed(held, heads, slot, weights)
         shape = len(heads), build.rows
         scratch.top[at] = top.reshape(*shape, -1)
         scratch.total[at] = total.reshape(*shape, -1)
@@ -536,7 +522,9 @@ class _Step:
         dtype = self.given["q"].dtype
         return held if held.dtype == dtype else held.astype(jnp.float32).astype(dtype)
 
-    def scores(self, held: list[Any], heads: tuple[Any, ...], k_pos: Any, seen: Any) -> Any:
+    def scores(
+        self, held: list[Any], heads: tuple[Any, ...], slot: Any, k_pos: Any, seen: Any
+    ) -> Any:
         """Returns float32[heads * rows, block] in base two, what is not seen far below."""
         build, spec = self.build, self.spec
         lanes = key_lanes(spec.head_dim)
@@ -546,7 +534,7 @@ class _Step:
             for head, some in zip(heads, held, strict=True):
                 part = _dot(self.given[name][head], some[:, :lanes], 1)
                 if build.scaled:
-                    part = part * self.scratch.expanded[pl.ds(head, 1)]
+                    part = part * self.scratch.scales[slot, pl.ds(head, 1)]
                 parts.append(part)
             return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
 
@@ -564,7 +552,7 @@ class _Step:
             scores = scores + self.bias(slopes, k_pos)
         return scores if seen is None else jnp.where(seen, scores, _HIDDEN)
 
-    def summed(self, held: list[Any], heads: tuple[Any, ...], weights: Any) -> Any:
+    def summed(self, held: list[Any], heads: tuple[Any, ...], slot: Any, weights: Any) -> Any:
         """Returns float32[heads * rows, lanes], a block's values by their weights."""
         build, spec = self.build, self.spec
         lane = 0 if shared_lanes(spec.head_dim) else value_lane(spec.head_dim)
@@ -572,7 +560,7 @@ class _Step:
         for place, (head, some) in enumerate(zip(heads, held, strict=True)):
             part = weights[place * build.rows : (place + 1) * build.rows]
             if build.scaled:
-                part = part * self.scratch.expanded[pl.ds(spec.num_kv_heads + head, 1)]
+                part = part * self.scratch.scales[slot, pl.ds(spec.num_kv_heads + head, 1)]
             parts.append(_dot(part.astype(some.dtype), some[:, lane:], 0))
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -16,20 +17,30 @@ from jaxserve.pallas_kernels.paged_attention.places import (
     stored_positions,
     write_places,
 )
+from jaxserve.pallas_kernels.paged_attention.rounding import finite, rounded
 
 
 class Pages(NamedTuple):
-    """Keys and values, both [P, page_size, K, H]."""
+    """Keys and values, both [P, page_size, K, H].
+
+    Attributes:
+        scales: of keys and of values, both float32[P, page_size, K]; None where they have none.
+    """
 
     keys: Array
     values: Array
+    scales: tuple[Array, Array] | None = None
 
 
 def init_pages(num_pages: int, page_size: int, spec: CacheSpec) -> Pages:
     """Returns empty pages."""
     _, heads, head = spec.token_shape
     shape = num_pages, page_size, heads, head
-    return Pages(jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype))
+    pages = Pages(jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype))
+    if not spec.scaled:
+        return pages
+    scales = jnp.zeros(shape[:3], jnp.float32)
+    return pages._replace(scales=(scales, jnp.zeros_like(scales)))
 
 
 def write_pages(
@@ -45,6 +56,8 @@ def write_pages(
 ) -> Pages:
     """Returns the pages with k and v[T, K, H] at their places, rounded to the pages' dtype.
 
+    Values that are not finite become zeros; see `rounding`.
+
     Args:
         page_table: int32[B, W].
         row_of_token: int32[T], row of the table that a token belongs to.
@@ -54,16 +67,50 @@ def write_pages(
     at = write_places(
         page_table, row_of_token, positions, pages.keys.shape[0], page_size, pinned_pages
     )
-    keys, values = pages
-    return Pages(
-        keys.at[at].set(k.astype(keys.dtype), mode="drop"),
-        values.at[at].set(v.astype(values.dtype), mode="drop"),
-    )
+    keys, values, scales = pages
+    new: tuple[Any, ...] = k.astype(keys.dtype), finite(v.astype(values.dtype))
+    if scales is not None:
+        parts = rounded(k, keys.dtype), rounded(finite(v), values.dtype)
+        new = parts[0][0], parts[1][0], (parts[0][1], parts[1][1])
+    return jax.tree.map(lambda old, x: old.at[at].set(x, mode="drop"), pages, Pages(*new))
+
+
+def write_and_attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    pages: Pages,
+    page_table: Array,
+    row_of_token: Array,
+    q_start: Array,
+    kv_len: Array,
+    q_pos: Array,
+    spec: AttentionSpec,
+    *,
+    page_size: int,
+    pinned_pages: int = 0,
+    sink_tokens: int = 0,
+    q_sink: Array | None = None,
+    slopes: Array | None = None,
+    max_query: int | None = None,
+) -> tuple[Array, Pages]:
+    """Returns (attention [T, N, H], the pages with k and v[T, K, H]); see both functions.
+
+    A backend may store a token while it attends.
+    """
+    places = {"page_size": page_size, "pinned_pages": pinned_pages}
+    pages = write_pages(pages, k, v, page_table, row_of_token, q_pos, **places)
+    out = paged_attention(
+        q, pages, page_table, q_start, kv_len, q_pos, spec,
+        sink_tokens=sink_tokens, q_sink=q_sink, slopes=slopes, max_query=max_query, **places,
+    )  # fmt: skip
+    assert isinstance(out, jax.Array)
+    return out, pages
 
 
 def copy_pages(pages: Pages, source: Array, destination: Array) -> Pages:
     """Returns the pages with pages int32[C] copied, all read before any is written."""
-    return Pages(*(x.at[destination].set(x[source]) for x in pages))
+    return jax.tree.map(lambda x: x.at[destination].set(x[source]), pages)
 
 
 def paged_attention(
@@ -109,14 +156,17 @@ def paged_attention(
         sink_logits: float32[N], one more logit in the denominator, without a value.
         mask: bool[T, M], which of the sequence's newest M keys a query sees, in place of the
             order of positions.
-        scales: float32[P, K] for keys and for values, factors of what pages of int8 or fp8 hold.
+        scales: float32[P, K] for keys and for values, factors of all that a page holds, besides
+            the scales of its tokens.
         outputs: further results, in this order.
         max_query: no sequence has more tokens than this (a hint; it changes no result).
     """
     tokens, num_heads, _ = q.shape
     group = num_heads // spec.num_kv_heads
     row = row_of_tokens(q_start, tokens)
-    keys, values = map(_gathered, pages, (page_table, page_table), scales or (None, None))
+    by_token, by_page = pages.scales or (None, None), scales or (None, None)
+    keys = _gathered(pages.keys, page_table, by_token[0], by_page[0])
+    values = _gathered(pages.values, page_table, by_token[1], by_page[1])
     width = page_table.shape[1]
     k_pos = stored_positions(kv_len, width, page_size, pinned_pages)
     seen = _seen(q_pos, k_pos[row], spec.window, sink_tokens)
@@ -152,11 +202,13 @@ def paged_attention(
     return out, *(extras[name] for name in outputs)
 
 
-def _gathered(x: Array, page_table: Array, scale: Array | None) -> Array:
+def _gathered(x: Array, page_table: Array, by_token: Array | None, by_page: Array | None) -> Array:
     """Returns float32[B, W * page_size, K, H], the pages of every table."""
     wide = x.astype(jnp.float32)
-    if scale is not None:
-        wide = wide * scale[:, None, :, None]
+    if by_token is not None:
+        wide = wide * by_token[..., None]
+    if by_page is not None:
+        wide = wide * by_page[:, None, :, None]
     return wide[page_table].reshape(page_table.shape[0], -1, *x.shape[2:])
 
 

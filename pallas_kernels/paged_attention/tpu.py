@@ -42,6 +42,7 @@ from jaxserve.pallas_kernels.paged_attention.places import (
     row_of_tokens,
     write_places,
 )
+from jaxserve.pallas_kernels.paged_attention.rounding import finite, rounded
 from jaxserve.pallas_kernels.paged_attention.tiles import Tile, tile_for
 from jaxserve.pallas_kernels.paged_attention.writing import Places, token_rows, write
 
@@ -53,9 +54,15 @@ FEW_QUERIES = 8
 
 
 class Pages(NamedTuple):
-    """Keys and values [P, K, page_size, lanes]."""
+    """Keys and values [P, K, page_size, lanes].
+
+    Attributes:
+        scales: float32[P, 2 K page_size], by head those of the keys, then those of the values;
+            None where they have none. Whole rows of lanes: no memory is lost to short pages.
+    """
 
     rows: Array
+    scales: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,28 @@ class _Static:
     trips: int | None = None
 
 
+class _Scales(NamedTuple):
+    """Factors of what pages hold.
+
+    Attributes:
+        token: as in `Pages`.
+        page: float32[P, 2 K], given with the call.
+    """
+
+    token: Array | None
+    page: Array | None
+
+    @classmethod
+    def of(cls, pages: Pages, given: tuple[Array, Array] | None) -> _Scales:
+        """Returns those that pages have and those of a call."""
+        return cls(pages.scales, None if given is None else jnp.concatenate(given, axis=1))
+
+    @property
+    def some(self) -> bool:
+        """Returns whether there are any."""
+        return self.token is not None or self.page is not None
+
+
 class _Arrays(NamedTuple):
     """Operands as they are given; see `reference.paged_attention`."""
 
@@ -80,7 +109,7 @@ class _Arrays(NamedTuple):
     q_sink: Array | None
     slopes: Array | None
     mask: Array | None
-    scales: tuple[Array, Array] | None
+    scales: _Scales
     pages: Array
     table: Array
     q_start: Array
@@ -100,7 +129,10 @@ def init_pages(num_pages: int, page_size: int, spec: CacheSpec) -> Pages:
             f"page_size={page_size} is no multiple of {SUBLANES}; use 16, 32, 64, 128 or 256"
         )
     _, heads, head = spec.token_shape
-    return Pages(jnp.zeros((num_pages, heads, page_size, row_lanes(head)), spec.dtype))
+    rows = jnp.zeros((num_pages, heads, page_size, row_lanes(head)), spec.dtype)
+    if not spec.scaled:
+        return Pages(rows)
+    return Pages(rows, jnp.zeros((num_pages, 2 * heads * page_size), jnp.float32))
 
 
 def write_pages(
@@ -119,21 +151,38 @@ def write_pages(
     page, offset = write_places(
         page_table, row_of_token, positions, pages.rows.shape[0], page_size, pinned_pages
     )
-    places = Places(jnp.where(positions >= 0, page, -1), offset)
-    given = pages.rows, token_rows(k, v, pages.rows.dtype), places
+    new, scales = _new_rows(pages, k, v, page, offset, page_size)
+    given = pages.rows, new, Places(jnp.where(positions >= 0, page, -1), offset)
     rows = page_table.shape[0]
+    return Pages(_written(rows, interpret, *given), scales)
+
+
+def _written(rows: int, interpret: Any, *given: Any) -> Array:
+    """Returns what `write` does, interpreted where no TPU is."""
     if interpret is not None:
-        return Pages(write(rows, interpret, *given))
-    return Pages(
-        lax.platform_dependent(
-            *given, tpu=partial(write, rows, False), default=partial(write, rows, True)
-        )
+        return write(rows, interpret, *given)
+    return lax.platform_dependent(
+        *given, tpu=partial(write, rows, False), default=partial(write, rows, True)
     )
+
+
+def _new_rows(
+    pages: Pages, k: Array, v: Array, page: Array, offset: Array, page_size: int
+) -> tuple[Array, Array | None]:
+    """Returns ([T, K, lanes] as pages hold k and v[T, K, H], the pool's scales with theirs)."""
+    if pages.scales is None:
+        return token_rows(k, v, pages.rows.dtype), None
+    parts = [rounded(x, pages.rows.dtype) for x in (k, finite(v))]
+    fresh = jnp.concatenate([scales for _, scales in parts], axis=1)
+    place = jnp.arange(fresh.shape[1], dtype=jnp.int32) * page_size
+    at = page[:, None], place[None, :] + offset[:, None]
+    scales = pages.scales.at[at].set(fresh, mode="drop")
+    return token_rows(parts[0][0], parts[1][0], pages.rows.dtype), scales
 
 
 def copy_pages(pages: Pages, source: Array, destination: Array) -> Pages:
     """Returns the pages with pages int32[C] copied, all read before any is written."""
-    return Pages(pages.rows.at[destination].set(pages.rows[source]))
+    return jax.tree.map(lambda x: x.at[destination].set(x[source]), pages)
 
 
 def paged_attention(
@@ -181,8 +230,8 @@ def paged_attention(
     elif slopes is None:
         slopes = jnp.asarray(alibi_slopes(spec.num_heads))
     arrays = _Arrays(
-        q, q_sink if sink_tokens else None, slopes, mask, scales, pages.rows, page_table,
-        q_start, kv_len, q_pos,
+        q, q_sink if sink_tokens else None, slopes, mask, _Scales.of(pages, scales), pages.rows,
+        page_table, q_start, kv_len, q_pos,
     )  # fmt: skip
     need_lse = bool(outputs) or sink_logits is not None
     tile = tile or tile_for(spec, page_size, page_table.shape[1], pages.rows.dtype)
@@ -204,6 +253,7 @@ def write_and_attend(
     v: Array,
     pages: Pages,
     page_table: Array,
+    row_of_token: Array,
     q_start: Array,
     kv_len: Array,
     q_pos: Array,
@@ -214,7 +264,6 @@ def write_and_attend(
     sink_tokens: int = 0,
     q_sink: Array | None = None,
     slopes: Array | None = None,
-    scales: tuple[Array, Array] | None = None,
     max_query: int | None = None,
     tile: Tile | None = None,
     interpret: Any = None,
@@ -222,33 +271,34 @@ def write_and_attend(
     """Returns (attention [T, N, H], the pages with k and v[T, K, H]), the pages updated in place.
 
     A row with one token stores it while it attends: its last page is in the core's memory anyway.
-    Tokens of longer rows are stored first.
+    Tokens of longer rows are stored first, and so are the scales of all.
     """
-    rows = token_rows(k, v, pages.rows.dtype)
+    page, offset = write_places(
+        page_table, row_of_token, q_pos, pages.rows.shape[0], page_size, pinned_pages
+    )
+    rows, token_scales = _new_rows(pages, k, v, page, offset, page_size)
     if max_query != 1:
-        row = row_of_tokens(q_start, q.shape[0])
-        alone = (q_start[1:] - q_start[:-1])[row] == 1
+        alone = (q_start[1:] - q_start[:-1])[row_of_token] == 1
         if max_query is not None and max_query <= FEW_QUERIES:
             alone = jnp.zeros_like(alone)
+        places = Places(jnp.where(alone | (q_pos < 0), -1, page), offset)
+        pages = Pages(_written(page_table.shape[0], interpret, pages.rows, rows, places))
+        if max_query is not None and max_query <= FEW_QUERIES:
             rows = None
-        positions = jnp.where(alone, -1, q_pos)
-        pages = write_pages(
-            pages, k, v, page_table, row, positions,
-            page_size=page_size, pinned_pages=pinned_pages, interpret=interpret,
-        )  # fmt: skip
+    pages = pages._replace(scales=token_scales)
     sink_tokens = sink_tokens if spec.window is not None else 0
     if spec.alibi is None:
         slopes = None
     elif slopes is None:
         slopes = jnp.asarray(alibi_slopes(spec.num_heads))
     arrays = _Arrays(
-        q, q_sink if sink_tokens else None, slopes, None, scales, pages.rows, page_table,
-        q_start, kv_len, q_pos, rows,
+        q, q_sink if sink_tokens else None, slopes, None, _Scales.of(pages, None), pages.rows,
+        page_table, q_start, kv_len, q_pos, rows,
     )  # fmt: skip
     tile = tile or tile_for(spec, page_size, page_table.shape[1], pages.rows.dtype)
     static = _Static(spec, page_size, pinned_pages, sink_tokens, max_query, False, tile, interpret)
     out, _, after = _on_platform(static, arrays)
-    return out, Pages(after)
+    return out, Pages(after, token_scales)
 
 
 def _on_platform(static: _Static, arrays: _Arrays) -> Any:
@@ -364,7 +414,7 @@ def _run_items(
         q_pos=_shared(static, runs.q_pos[..., None]) if queries > 1 else None,
         slopes=None if given.slopes is None else _slopes(given.slopes, build),
         mask=None if given.mask is None else _shared(static, _mask(given.mask, runs)),
-        scales=None if given.scales is None else _scales(given, base, build),
+        scales=_scales(given, base, build) if given.scales.some else None,
         fresh=None if given.fresh is None or queries > 1 else _fresh(static, given.fresh, runs),
         pages=given.pages,
     )
@@ -408,7 +458,7 @@ def _build(static: _Static, given: _Arrays, runs: work.Runs, queries: int) -> Bu
         sink_tokens=static.sink_tokens,
         newest=0 if given.mask is None else given.mask.shape[1],
         sink_queries=given.q_sink is not None,
-        scaled=given.scales is not None,
+        scaled=given.scales.some,
         lse=static.lse or split,
         written=given.fresh is not None and queries == 1,
         items=len(runs.row),
@@ -477,8 +527,11 @@ def _mask(mask: Array, runs: work.Runs) -> Array:
 
 
 def _scales(given: _Arrays, base: Array, build: Build) -> Array:
-    """Returns float32[B, blocks, 2 K, LANES]: scales by page of a block, keys' before values'."""
-    assert given.scales is not None
+    """Returns float32[B, blocks, 2 K, block], the scales of a block: keys' before values'.
+
+    They are gathered here because a row of lanes of the kernel holds 128 keys, and pages of fewer
+    would have to be put together in it.
+    """
     rows, width = given.table.shape
     sinks = build.sink_blocks
     blocks = -(-width // build.pages_per_block) + (2 + sinks if build.spec.window else 0)
@@ -490,7 +543,12 @@ def _scales(given: _Arrays, base: Array, build: Build) -> Array:
         page = column(page, width, build.pinned_pages)
     page = jnp.clip(page, 0, width - 1).reshape(rows, -1)
     page = jnp.take_along_axis(given.table, page, axis=1)
-    both = jnp.concatenate(given.scales, axis=1)[page]
-    both = both.reshape(rows, blocks, build.pages_per_block, -1).swapaxes(2, 3)
-    spare = -both.shape[2] % SUBLANES, LANES - build.pages_per_block
-    return jnp.pad(both, ((0, 0), (0, 0), (0, spare[0]), (0, spare[1])))
+    kinds = 2 * build.spec.num_kv_heads
+    both = jnp.ones((1, 1, 1, kinds, 1), jnp.float32)
+    for scales in given.scales:
+        if scales is not None:
+            both = both * scales[page].reshape(rows, blocks, build.pages_per_block, kinds, -1)
+    shape = *both.shape[:4], build.page_size
+    both = jnp.broadcast_to(both, shape).transpose(0, 1, 3, 2, 4)
+    both = both.reshape(rows, blocks, kinds, build.block)
+    return jnp.pad(both, ((0, 0), (0, 0), (0, -kinds % SUBLANES), (0, 0)))

@@ -21,6 +21,7 @@ from jaxserve.pallas_kernels.paged_attention.mosaic import (
     row_lanes,
     value_lane,
 )
+from jaxserve.pallas_kernels.paged_attention.rounding import finite
 
 
 class Places(NamedTuple):
@@ -31,15 +32,10 @@ class Places(NamedTuple):
 
 
 def token_rows(k: Array, v: Array, dtype: Any) -> Array:
-    """Returns [T, K, lanes], key and value of each token as a page holds them.
-
-    Keys that a query does not see weigh zero, and zero times infinity is no number: values that
-    are not finite are stored as zero.
-    """
+    """Returns [T, K, lanes], key and value of each token as a page holds them."""
     head = k.shape[2]
     lanes, start = row_lanes(head), value_lane(head)
-    v = v.astype(dtype)
-    v = jnp.where(jnp.isfinite(v), v, jnp.zeros_like(v))
+    v = finite(v.astype(dtype))
     key = jnp.pad(k.astype(dtype), ((0, 0), (0, 0), (0, start - head)))
     return jnp.concatenate([key, jnp.pad(v, ((0, 0), (0, 0), (0, lanes - start - head)))], axis=2)
 

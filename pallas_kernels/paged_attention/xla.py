@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from jaxserve.config import AttentionSpec, CacheSpec
 from jaxserve.errors import UnsupportedError
@@ -27,6 +28,7 @@ from jaxserve.pallas_kernels.paged_attention.places import (
     row_of_tokens,
     write_places,
 )
+from jaxserve.pallas_kernels.paged_attention.rounding import finite, rounded
 
 KEY_BLOCK = 128
 """Keys reduced at once."""
@@ -50,10 +52,14 @@ class Pages(NamedTuple):
     """Keys [P, K, page_size, H] and values [P, K, H + 1, page_size].
 
     The last row of the values is one wherever a token is kept.
+
+    Attributes:
+        scales: of keys and of values, both float32[P, K, page_size]; None where they have none.
     """
 
     keys: Array
     values: Array
+    scales: tuple[Array, Array] | None = None
 
 
 class _Blocks(NamedTuple):
@@ -133,7 +139,11 @@ def init_pages(num_pages: int, page_size: int, spec: CacheSpec) -> Pages:
         )
     _, heads, head = spec.token_shape
     keys = jnp.zeros((num_pages, heads, page_size, head), spec.dtype)
-    return Pages(keys, jnp.zeros((num_pages, heads, head + 1, page_size), spec.dtype))
+    values = jnp.zeros((num_pages, heads, head + 1, page_size), spec.dtype)
+    if not spec.scaled:
+        return Pages(keys, values)
+    scales = jnp.zeros((num_pages, heads, page_size), jnp.float32)
+    return Pages(keys, values, (scales, jnp.zeros_like(scales)))
 
 
 def write_pages(
@@ -148,24 +158,59 @@ def write_pages(
     pinned_pages: int = 0,
 ) -> Pages:
     """Returns the pages with k and v[T, K, H] at their places; see `reference.write_pages`."""
-    keys, values = pages
-    v = v.astype(values.dtype)
-    # Keys that a query does not see weigh zero, and zero times infinity is no number: one
-    # sequence's overflow would reach all that share its pages' blocks, or get its pages later.
-    v = jnp.where(jnp.isfinite(v), v, jnp.zeros_like(v))
-    v = jnp.concatenate([v, jnp.ones((*v.shape[:2], 1), values.dtype)], axis=2)
+    keys, values, scales = pages
     page, offset = write_places(
         page_table, row_of_token, positions, keys.shape[0], page_size, pinned_pages
     )
+    if scales is None:
+        k, v = k.astype(keys.dtype), finite(v.astype(values.dtype))
+    else:
+        (k, k_scales), (v, v_scales) = rounded(k, keys.dtype), rounded(finite(v), values.dtype)
+        scales = (
+            scales[0].at[page, :, offset].set(k_scales, mode="drop"),
+            scales[1].at[page, :, offset].set(v_scales, mode="drop"),
+        )
+    v = jnp.concatenate([v, jnp.ones((*v.shape[:2], 1), values.dtype)], axis=2)
     return Pages(
-        keys.at[page, :, offset].set(k.astype(keys.dtype), mode="drop"),
+        keys.at[page, :, offset].set(k, mode="drop"),
         values.at[page, :, :, offset].set(v, mode="drop"),
+        scales,
     )
+
+
+def write_and_attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    pages: Pages,
+    page_table: Array,
+    row_of_token: Array,
+    q_start: Array,
+    kv_len: Array,
+    q_pos: Array,
+    spec: AttentionSpec,
+    *,
+    page_size: int,
+    pinned_pages: int = 0,
+    sink_tokens: int = 0,
+    q_sink: Array | None = None,
+    slopes: Array | None = None,
+    max_query: int | None = None,
+) -> tuple[Array, Pages]:
+    """Returns (attention [T, N, H], the pages with k and v); see `reference.write_and_attend`."""
+    places = {"page_size": page_size, "pinned_pages": pinned_pages}
+    pages = write_pages(pages, k, v, page_table, row_of_token, q_pos, **places)
+    out = paged_attention(
+        q, pages, page_table, q_start, kv_len, q_pos, spec,
+        sink_tokens=sink_tokens, q_sink=q_sink, slopes=slopes, max_query=max_query, **places,
+    )  # fmt: skip
+    assert isinstance(out, jax.Array)
+    return out, pages
 
 
 def copy_pages(pages: Pages, source: Array, destination: Array) -> Pages:
     """Returns the pages with pages int32[C] copied, all read before any is written."""
-    return Pages(*(x.at[destination].set(x[source]) for x in pages))
+    return jax.tree.map(lambda x: x.at[destination].set(x[source]), pages)
 
 
 def paged_attention(
@@ -436,16 +481,16 @@ def _add_block(call: _Call, items: _Items, turn: Array, so_far: _Partial) -> _Pa
     """Returns attention with one more block of keys, the `turn`-th of every item that has it."""
     count, heads, length, group, _ = items.q.shape
     number, *runs = (lax.dynamic_index_in_dim(x, turn, 1, False) for x in items.blocks[1:])
-    keys, values = _block_of(call, *runs)
+    keys, values, k_scales = _block_of(call, items.q.dtype, *runs)
     k_pos = number[:, None] * KEY_BLOCK + jnp.arange(KEY_BLOCK, dtype=jnp.int32)[None, :]
-    scores = _scores(items.q, keys)
+    scores = _scores(items.q, keys, k_scales)
     seen = (k_pos[:, None] <= items.q_pos[:, :, None]) & (k_pos >= 0)[:, None]
     if call.spec.window is not None:
         sinks = k_pos < call.sink_tokens
         near = items.q_pos[:, :, None] - k_pos[:, None] < call.spec.window
         seen = seen & (near | sinks[:, None])
         if items.q_sink is not None:
-            turned = _scores(items.q_sink, keys)
+            turned = _scores(items.q_sink, keys, k_scales)
             scores = jnp.where(sinks[:, None, None, None], turned, scores)
     scores = capped(scores * call.spec.score_scale, call.spec)
     if call.spec.alibi is not None:
@@ -463,11 +508,12 @@ def _add_block(call: _Call, items: _Items, turn: Array, so_far: _Partial) -> _Pa
     return _Partial(top, kept + added)
 
 
-def _scores(q: Array, keys: Array) -> Array:
-    """Returns float32[I, K, Q, G, KEY_BLOCK]."""
+def _scores(q: Array, keys: Array, scales: Array | None) -> Array:
+    """Returns float32[I, K, Q, G, KEY_BLOCK]; `scales` float32[I, K, KEY_BLOCK] are the keys'."""
     count, heads, length, group, head = q.shape
     flat = q.reshape(count, heads, length * group, head)
-    return _dot(flat, keys.astype(q.dtype)).reshape(*q.shape[:-1], KEY_BLOCK)
+    found = _dot(flat, keys.astype(q.dtype)).reshape(*q.shape[:-1], KEY_BLOCK)
+    return found if scales is None else found * scales[:, :, None, None, :]
 
 
 def _dot(x: Array, y: Array) -> Array:
@@ -484,9 +530,14 @@ def _dot(x: Array, y: Array) -> Array:
     return out[:, :, :rows]
 
 
-def _block_of(call: _Call, key_runs: Array, value_runs: Array) -> tuple[Array, Array]:
-    """Returns (keys [I, K, KEY_BLOCK, H], values [I, K, H + 1, KEY_BLOCK]) of one block an item."""
-    keys, values = call.pages
+def _block_of(
+    call: _Call, dtype: DTypeLike, key_runs: Array, value_runs: Array
+) -> tuple[Array, Array, Array | None]:
+    """Returns (keys [I, K, KEY_BLOCK, H], values [I, K, H + 1, KEY_BLOCK], scales of the keys).
+
+    They are those of one block an item. Values that have scales are of `dtype`, by their scales.
+    """
+    keys, values, scales = call.pages
     heads, head, rows = keys.shape[1], keys.shape[3], values.shape[2]
     run = KEY_BLOCK // key_runs.shape[1]
     head_index = jnp.arange(heads, dtype=jnp.int32) * call.runs_per_page
@@ -498,6 +549,16 @@ def _block_of(call: _Call, key_runs: Array, value_runs: Array) -> tuple[Array, A
     key_runs, value_runs = lax.optimization_barrier((key_runs, value_runs))
     k = keys.reshape(-1, run * head).at[key_runs].get(mode="promise_in_bounds")
     v = values.reshape(-1, run).at[value_runs].get(mode="promise_in_bounds")
-    k, v = lax.optimization_barrier((k, v))
+    if scales is not None:
+        both = (x.reshape(-1, run).at[key_runs].get(mode="promise_in_bounds") for x in scales)
+        k, v, *both = lax.optimization_barrier((k, v, *both))
+    else:
+        k, v = lax.optimization_barrier((k, v))
     shape = len(key_runs), heads
-    return k.reshape(*shape, KEY_BLOCK, head), v.reshape(*shape, rows, KEY_BLOCK)
+    k, v = k.reshape(*shape, KEY_BLOCK, head), v.reshape(*shape, rows, KEY_BLOCK)
+    if scales is None:
+        return k, v, None
+    k_scales, v_scales = (x.reshape(*shape, KEY_BLOCK) for x in both)
+    real = jnp.arange(rows)[:, None] < rows - 1  # the row of ones stays
+    wide = v.astype(jnp.float32) * jnp.where(real, v_scales[:, :, None, :], 1.0)
+    return k, wide.astype(dtype), k_scales

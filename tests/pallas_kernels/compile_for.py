@@ -16,6 +16,7 @@ from jaxserve.config import Activation, AlibiSpec, AttentionSpec, cache_spec
 from jaxserve.pallas_kernels.int8_matmul import Mode
 from jaxserve.pallas_kernels.int8_matmul import tpu as int8_matmul
 from jaxserve.pallas_kernels.paged_attention import tpu
+from jaxserve.pallas_kernels.paged_attention.places import row_of_tokens
 from jaxserve.pallas_kernels.paged_attention.tiles import Tile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
@@ -36,10 +37,9 @@ def attention(
     **options: Any,
 ) -> Any:
     """Returns the compiled call; with `store`, new keys and values are stored by it."""
-    scaled = pages_dtype != "bfloat16" and not store
     count = ROWS * WIDTH + 1
     empty = jax.eval_shape(lambda: tpu.init_pages(count, page_size, cache_spec(spec, pages_dtype)))
-    pages = tpu.Pages(shaped(empty.rows.shape, empty.rows.dtype))
+    pages = jax.tree.map(lambda x: shaped(x.shape, x.dtype), empty)
     heads, head = spec.num_kv_heads, spec.head_dim
     q = shaped((tokens, spec.num_heads, head), jnp.bfloat16)
     k = shaped((tokens, heads, head), jnp.bfloat16) if store else None
@@ -48,19 +48,20 @@ def attention(
         shaped((ROWS, WIDTH), whole), shaped((ROWS + 1,), whole), shaped((ROWS,), whole),
         shaped((tokens,), whole),
     )  # fmt: skip
-    scales = (shaped((count, heads), jnp.float32),) * 2 if scaled else None
     tile = Tile(256, 256, 16, cores)
 
-    def call(pages: Any, q: Any, k: Any, scales: Any, rest: Any) -> Any:
-        table, q_start, kv_len, q_pos = rest
-        at = table, q_start, kv_len, q_pos, spec
+    def call(pages: Any, q: Any, k: Any, rest: Any) -> Any:
+        table, *at = rest
         given: dict[str, Any] = {"page_size": page_size, "tile": tile, **options}
         if store:
-            return tpu.write_and_attend(q, k, k, pages, *at, interpret=False, **given)
-        return tpu.paged_attention(q, pages, *at, scales=scales, interpret=False, **given)
+            row = row_of_tokens(at[0], tokens)
+            return tpu.write_and_attend(
+                q, k, k, pages, table, row, *at, spec, interpret=False, **given
+            )
+        return tpu.paged_attention(q, pages, table, *at, spec, interpret=False, **given)
 
     donated = (0,) if store else ()
-    return jax.jit(call, donate_argnums=donated).lower(pages, q, k, scales, rest).compile()
+    return jax.jit(call, donate_argnums=donated).lower(pages, q, k, rest).compile()
 
 
 def matmul(shaped: Callable[..., Any], rows: int, mode: Mode, orientation: str) -> Any:

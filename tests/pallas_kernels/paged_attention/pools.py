@@ -36,6 +36,7 @@ class Pool:
         backend: of the kernels.
         first_page: the pages of the pool before it stay unused.
         written: sequences are written this many tokens at a time.
+        pages_dtype: of the pages; None takes `dtype`.
     """
 
     spec: AttentionSpec
@@ -46,6 +47,7 @@ class Pool:
     backend: str = "xla"
     first_page: int = 1
     written: int = LONGEST
+    pages_dtype: str | None = None
 
     def call(
         self,
@@ -77,7 +79,8 @@ class Pool:
         num_pages = self.first_page + rows * self.width
         ids = np.random.default_rng(rows).permutation(np.arange(self.first_page, num_pages))
         table = jnp.asarray(ids.reshape(rows, self.width), jnp.int32)
-        pages = kernels.init_pages(num_pages, self.page_size, cache_spec(self.spec, self.dtype))
+        spec = cache_spec(self.spec, self.pages_dtype or self.dtype)
+        pages = kernels.init_pages(num_pages, self.page_size, spec)
         for row, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
             tokens = read(self.spec, sequence)
             for start in range(0, length, self.written):

@@ -60,12 +60,20 @@ def filled(case: Case, rng: np.random.Generator) -> tuple[reference.Pages, tpu.P
     count = len(case.runs) * case.width + 1
     dtype = jnp.dtype(case.pages_dtype or case.dtype)
     shape = count, case.page_size, heads, head
-    scale = 40 if dtype == jnp.int8 else 1
-    both = [jnp.asarray(rng.normal(size=shape) * scale, dtype) for _ in range(2)]
+    factor = 40 if dtype == jnp.int8 else 1
+    both = [jnp.asarray(rng.normal(size=shape) * factor, dtype) for _ in range(2)]
     rows = np.zeros((count, heads, case.page_size, row_lanes(head)), dtype)
     for lane, x in zip((0, value_lane(head)), both, strict=True):
         rows[..., lane : lane + head] = np.asarray(x).transpose(0, 2, 1, 3)
-    return reference.Pages(*both), tpu.Pages(jnp.asarray(rows))
+    if dtype.itemsize > 1:
+        return reference.Pages(*both), tpu.Pages(jnp.asarray(rows))
+    scales = rng.uniform(0.5, 1.5, (2, *shape[:3])).astype(np.float32) / factor
+    flat = scales.transpose(1, 0, 3, 2).reshape(count, -1)
+    keys, values = map(jnp.asarray, scales)
+    return (
+        reference.Pages(*both, (keys, values)),
+        tpu.Pages(jnp.asarray(rows), jnp.asarray(flat)),
+    )
 
 
 def arrays(case: Case, rng: np.random.Generator) -> tuple[Any, ...]:
@@ -92,7 +100,6 @@ def options(case: Case, rng: np.random.Generator, tokens: int) -> dict[str, Any]
     tree = rng.random((tokens, 5)) < 0.7
     tree[:, 0] = True
     scale = rng.uniform(0.5, 1.5, (2, count, kv_heads)).astype(np.float32)
-    scale = scale / 40 if case.pages_dtype == "int8" else scale
     known = {
         "q_sink": jnp.asarray(rng.normal(size=(tokens, heads, case.spec.head_dim)), case.dtype),
         "sink_logits": rng.normal(size=heads).astype(np.float32),

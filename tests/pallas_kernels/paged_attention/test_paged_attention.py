@@ -216,4 +216,4 @@ def test_pages_take_the_memory_that_the_spec_says() -> None:
     # The fast layout has one more row beside the values of each head.
     spec = cache_spec(SPECS["gqa"], "bfloat16")
     pages = kernel_set("reference").init_pages(7, 16, spec)
-    assert sum(x.nbytes for x in pages) == 7 * 16 * spec.bytes_per_token
+    assert sum(x.nbytes for x in jax.tree.leaves(pages)) == 7 * 16 * spec.bytes_per_token

@@ -115,23 +115,36 @@ def test_written_pages_are_those_of_the_definition(dtype: str) -> None:
     np.testing.assert_array_equal(keys, wanted.keys)
     np.testing.assert_array_equal(found.rows[..., 64:].swapaxes(1, 2), wanted.values)
     assert not np.array_equal(wanted.keys, plain.keys)
+    if found.scales is not None:
+        np.testing.assert_array_equal(found.scales, _flat(wanted))
 
 
-def test_storing_while_attending_is_storing_first() -> None:
+def _flat(pages: reference.Pages) -> np.ndarray:
+    """Returns the scales of the definition's pages as the kernel keeps them."""
+    assert pages.scales is not None
+    both = np.stack([np.asarray(x) for x in pages.scales])
+    return both.transpose(1, 0, 3, 2).reshape(both.shape[1], -1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8", "float8_e4m3fn"])
+def test_storing_while_attending_is_storing_first(dtype: str) -> None:
     # The last row's own key is the last of its block.
-    case = Case(AttentionSpec(6, 2, 64), [(0, 9), (140, 1), (7, 0), (127, 1)])
+    runs = [(0, 9), (140, 1), (7, 0), (127, 1)]
+    case = Case(AttentionSpec(6, 2, 64), runs, pages_dtype=dtype)
     rng = np.random.default_rng(0)
     plain, rows = filled(case, rng)
     q, table, q_start, kv_len, q_pos = arrays(case, rng)
     k, v = (jnp.asarray(rng.normal(size=(q.shape[0], 2, 64)), "float32") for _ in "kv")
     row = row_of_tokens(q_start, q.shape[0])
     after = reference.write_pages(plain, k, v, table, row, q_pos, page_size=16)
-    rest = table, q_start, kv_len, q_pos, case.spec
-    wanted = reference.paged_attention(q, after, *rest, page_size=16)
-    out, found = tpu.write_and_attend(q, k, v, rows, *rest, page_size=16, tile=SMALL)
+    rest = q_start, kv_len, q_pos, case.spec
+    wanted = reference.paged_attention(q, after, table, *rest, page_size=16)
+    out, found = tpu.write_and_attend(q, k, v, rows, table, row, *rest, page_size=16, tile=SMALL)
     np.testing.assert_allclose(out, wanted, atol=2e-6)
     np.testing.assert_array_equal(found.rows[..., :64].swapaxes(1, 2), after.keys)
     np.testing.assert_array_equal(found.rows[..., 64:].swapaxes(1, 2), after.values)
+    if found.scales is not None:
+        np.testing.assert_array_equal(found.scales, _flat(after))
 
 
 @settings(
