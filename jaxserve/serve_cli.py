@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from enum import StrEnum
@@ -23,6 +24,7 @@ from jaxserve.mesh_cli import (
 )
 
 if TYPE_CHECKING:
+    from jaxserve.serving.multihost.group import Group
     from jaxserve.serving.server_options import ServerOptions
     from jaxserve.serving.wire import Start
 
@@ -105,6 +107,24 @@ def serve(
     otel_endpoint: Annotated[
         str | None, typer.Option(help="send traces to this OTLP/HTTP address")
     ] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(help="HOST:PORT of rank 0; plans take the port after it")
+    ] = None,
+    num_processes: Annotated[
+        int | None, typer.Option(help="processes that serve the model together")
+    ] = None,
+    process_id: Annotated[
+        int | None, typer.Option(help="rank of this one; rank 0 answers requests")
+    ] = None,
+    group_secret_file: Annotated[
+        Path | None, typer.Option(help="what all processes know and strangers do not")
+    ] = None,
+    join_timeout: Annotated[
+        float, typer.Option(help="seconds in which all processes have to be there")
+    ] = 300.0,
+    health_port: Annotated[
+        int, typer.Option(help="of ranks above 0, for health alone; -1 leaves it out")
+    ] = -1,
 ) -> None:
     """Serve a model: OpenAI-compatible HTTP, gRPC, health, metrics."""
     began_s = time.perf_counter()
@@ -150,14 +170,54 @@ def serve(
         from jaxserve.serving import tracing
 
         tracing.set_up(otel_endpoint, options.model_name)
+    group = _group(coordinator, num_processes, process_id, group_secret_file, join_timeout)
     launch = Start(
-        model, dtype, backend, engine, options.log_json, devices=devices, quantize=quantize
+        model,
+        dtype,
+        backend,
+        engine,
+        options.log_json,
+        devices=devices,
+        quantize=quantize,
+        group=group,
     )
     sharding = Sharding(mesh, layout, prefill_layout, attention)
-    raise typer.Exit(asyncio.run(_run(launch, sharding, options, began_s)))
+    work = _run(launch, sharding, options, began_s, _port(health_port))
+    raise typer.Exit(asyncio.run(work))
 
 
-async def _run(launch: Start, sharding: Sharding, options: ServerOptions, began_s: float) -> int:
+def _group(
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    secret_file: Path | None,
+    join_s: float,
+) -> Group | None:
+    """Returns the group that this process belongs to, by its options or its environment."""
+    from jaxserve.errors import UsageError
+    from jaxserve.serving.multihost.environment import choose
+
+    try:
+        secret = b"" if secret_file is None else secret_file.read_bytes().strip()
+    except OSError as error:
+        raise UsageError(f"{secret_file} cannot be read: {error.strerror}") from error
+    return choose(
+        os.environ,
+        coordinator=coordinator,
+        num_processes=num_processes,
+        process_id=process_id,
+        secret=secret,
+        join_s=join_s,
+    )
+
+
+async def _run(
+    launch: Start,
+    sharding: Sharding,
+    options: ServerOptions,
+    began_s: float,
+    health_port: int | None,
+) -> int:
     """Returns the exit status of the server."""
     import msgspec
 
@@ -166,8 +226,13 @@ async def _run(launch: Start, sharding: Sharding, options: ServerOptions, began_
 
     files = ModelFiles.find(launch.model, launch.dtype)
     layout = sharding.choose(files.info.config, files.dtype)
-    quantization(launch.quantize, files.info)  # refused before a process is started
+    # Refused before a process is started.
+    quantization(launch.quantize, files.info)
     launch = msgspec.structs.replace(launch, layout=layout)
+    if launch.group is not None and not launch.group.leads:
+        from jaxserve.serving.multihost.member import Member
+
+        return await Member(launch, health_port, options.host, options.drain_grace_s).run()
     name = options.model_name
     service = RemoteService(launch, files.intake(name), files.card(name))
     start = await service.launch()

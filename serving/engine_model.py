@@ -25,40 +25,74 @@ from jaxserve.pallas_kernels import kernel_set
 from jaxserve.partitioning.devices import use_devices
 from jaxserve.progress import Show, reporter
 from jaxserve.serving.build import ModelEngine
-from jaxserve.serving.engine_process import Made
+from jaxserve.serving.engine_process import Follows, Made
 from jaxserve.serving.memory_plan import device_memory, memory_plan
 from jaxserve.serving.model_files import ModelFiles, quantization
+from jaxserve.serving.multihost.follower import Follower
+from jaxserve.serving.multihost.identity import identity_of
+from jaxserve.serving.multihost.join import check_mesh, join, start_jax
+from jaxserve.serving.multihost.leader import Leader
+from jaxserve.serving.multihost.ranks import breaking_off
 from jaxserve.serving.placing import places_of, program_of, sized
 from jaxserve.serving.wire import Start
 
 
-def build_model(start: Start, phase: Callable[[str], None]) -> Made:
+def build_model(start: Start, phase: Callable[[str], None]) -> Made | Follows:
     """Returns the engine of a model, every program of it compiled.
 
+    Of a group that is what rank 0 has; the others follow it.
+
     Raises:
-        JaxserveError: the model cannot be loaded, or does not fit the device.
+        JaxserveError: the model cannot be loaded, or does not fit the device; or ranks are missing.
     """
     phase("device")
     if start.devices is not None:
         use_devices(start.devices)
     enable_compile_cache()
+    files = ModelFiles.find(start.model, start.dtype)
+    if start.group is None:
+        return _build(start, phase, files, None)
+    identity = identity_of(start, files.info.path, start.group.num_processes)
+    ranks = join(start.group, identity, phase)
+    with breaking_off(ranks):
+        phase("devices of all ranks")
+        start_jax(start.group)
+        check_mesh(start.layout)
+        return _build(start, phase, files, ranks)
+
+
+def _build(
+    start: Start,
+    phase: Callable[[str], None],
+    files: ModelFiles,
+    ranks: Leader | Follower | None,
+) -> Made | Follows:
+    """Returns the engine of a model on the devices that JAX has."""
     platform = jax.devices()[0].platform
     phase("weights")
-    files = ModelFiles.find(start.model, start.dtype)
     kernels = kernel_set(start.backend)
     rounded = quantization(start.quantize, files.info)
     program = program_of(files.info.config, files.dtype, kernels, start.layout, rounded)
     params = load_params(files.info, program.model, places_of(program), reporter(Show.SILENT))
     phase("compile")
-    made = ModelEngine.create(program, params, sized(start.options, start.layout))
+    options = sized(start.options, start.layout)
+    made = ModelEngine.create(program, params, options, ranks=ranks)
     made.runner.warm_up()
     phase("memory plan")
     runner = made.runner
+    info = _info(made, platform, files.dtype, start, rounded)
+    if ranks is not None:
+        phase("all ranks ready")
+        ranks.agree("ready")
+        ranks.serve()
+    if isinstance(ranks, Follower):
+        return Follows(ranks, partial(ranks.follow, runner, options.max_in_flight), info)
     return Made(
         made.engine,
-        _info(made, platform, files.dtype, start, rounded),
+        info,
         lambda: runner.compiles_after_ready,
         partial(_trace, threading.Lock()),
+        ranks,
     )
 
 
@@ -77,12 +111,14 @@ def _info(
         "dtype": dtype,
         "quantize": rounded,
         "kernels": start.backend,
+        "numbers": made.runner.program.summary,
         "capacity": {
             "sequences": runner.num_slots,
             "kv_tokens": runner.geometry.num_tokens,
             "page_size": runner.geometry.page_size,
         },
         "programs": runner.num_executables,
+        "processes": jax.process_count(),
         "memory": asdict(plan) | {"total_bytes": plan.total_bytes},
     }
 

@@ -26,6 +26,8 @@ from jaxserve.errors import JaxserveError, UsageError
 from jaxserve.serving import logs
 from jaxserve.serving.engine import Engine
 from jaxserve.serving.metrics import MetricsSnapshot, snapshot
+from jaxserve.serving.multihost.ranks import Ranks, end_process
+from jaxserve.serving.outlet import Outlet
 from jaxserve.serving.request import Request, SamplingParams, TokenEvent
 from jaxserve.serving.wire import (
     FROM_SERVER,
@@ -38,6 +40,8 @@ from jaxserve.serving.wire import (
     FrameReader,
     FromEngine,
     FromServer,
+    Left,
+    Lost,
     Measure,
     Phase,
     Ready,
@@ -68,66 +72,34 @@ class Made(NamedTuple):
         info: versions, capacity, memory plan.
         late_compiles: how many programs were compiled since.
         trace: records for so many seconds and returns the folder.
+        ranks: the group it leads.
     """
 
     engine: Engine
     info: dict[str, Any]
     late_compiles: Callable[[], int] = lambda: 0
     trace: Callable[[float], str] | None = None
+    ranks: Ranks | None = None
+
+
+class Follows(NamedTuple):
+    """A process that does what another rank plans.
+
+    Attributes:
+        ranks: its group.
+        follow: runs plans until the group ends in good order.
+        info: versions, capacity, memory plan.
+    """
+
+    ranks: Ranks
+    follow: Callable[[], None]
+    info: dict[str, Any]
 
 
 class Build(Protocol):
     """Makes the engine that a server asks for; `phase` is told what begins."""
 
-    def __call__(self, start: Start, phase: Callable[[str], None]) -> Made: ...
-
-
-class Outlet:
-    """Sends messages, and never waits in the thread that has one to send. Safe from any thread.
-
-    What the socket does not take at once is sent by a thread of its own.
-    """
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._guard = threading.Condition()
-        self._rest = bytearray()
-        threading.Thread(target=self._write_on, name="jaxserve-outlet", daemon=True).start()
-
-    def send(self, message: FromEngine) -> None:
-        """Sends a message after those before it."""
-        data = frame(message)
-        with self._guard:
-            if self._rest:
-                self._rest += data
-                return
-            try:
-                sent = self._sock.send(data, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                sent = 0
-            except OSError:  # the server is gone; the reader ends the process
-                return
-            if sent < len(data):
-                self._rest += data[sent:]
-                self._guard.notify()
-
-    def drain(self, patience_s: float) -> None:
-        """Waits until all is sent."""
-        with self._guard:
-            self._guard.wait_for(lambda: not self._rest, patience_s)
-
-    def _write_on(self) -> None:
-        while True:
-            with self._guard:
-                self._guard.wait_for(lambda: self._rest)
-                data = bytes(self._rest)
-            try:
-                sent = self._sock.send(data)  # blocks; the guard is free
-            except OSError:
-                return
-            with self._guard:
-                del self._rest[:sent]
-                self._guard.notify_all()
+    def __call__(self, start: Start, phase: Callable[[str], None]) -> Made | Follows: ...
 
 
 class EngineProcess:
@@ -153,26 +125,49 @@ class EngineProcess:
         logs.set_up(start.log_json, "engine")
         try:
             made = self._build(start, self._enter)
-            self._enter("first request")
-            _first_request(made.engine)
+            if isinstance(made, Made):
+                self._enter("first request")
+                _first_request(made.engine)
         except Exception as error:
             _log.exception("the engine cannot be made")
             self._fail(error)
             return 1
         self._enter(None)
-        gc.collect()
-        gc.freeze()  # what is there now stays; no collection walks it again
-        _give_back_memory()
+        _settle()
+        if made.ranks is not None:
+            made.ranks.on_lost = self._lose
+        if isinstance(made, Follows):
+            return self._follow(made)
         made.engine.after_events = self._hand_over
-        made.engine.before_start = lambda ids: self._outlet.send(Started(ids))
+        made.engine.before_start = lambda ids: self._tell(Started(ids))
         made.engine.start()
         self._made = made
         self._send_beat(0.0, measured=True)
-        self._outlet.send(Ready(made.info, self._startup_seconds))
+        self._tell(Ready(made.info, self._startup_seconds))
         self._ended.wait()
         made.engine.stop()
+        if made.ranks is not None:
+            made.ranks.leave()
         self._outlet.drain(1.0)
         return 0
+
+    def _follow(self, made: Follows) -> int:
+        """Returns the exit status, once the group has ended in good order."""
+        self._tell(Ready(made.info, self._startup_seconds))
+        made.follow()
+        made.ranks.leave()
+        self._tell(Left())
+        self._outlet.drain(1.0)
+        return 0
+
+    def _lose(self, reason: str) -> None:
+        """Ends the process whose group is lost: what a step waits for never comes."""
+        self._tell(Lost(reason))
+        self._outlet.drain(1.0)
+        end_process(reason)
+
+    def _tell(self, message: FromEngine) -> None:
+        self._outlet.send(frame(message))
 
     def _enter(self, name: str | None) -> None:
         """Notes that a phase of the start is over and another begins."""
@@ -181,11 +176,11 @@ class EngineProcess:
             self._startup_seconds[self._phase[0]] = now - self._phase[1]
         self._phase = None if name is None else (name, now)
         if name is not None:
-            self._outlet.send(Phase(name))
+            self._tell(Phase(name))
 
     def _fail(self, error: Exception) -> None:
         kind, message, _ = error_fields(error)
-        self._outlet.send(Failed(kind, message))
+        self._tell(Failed(kind, message))
         self._outlet.drain(1.0)
 
     # In the reader's thread.
@@ -221,6 +216,8 @@ class EngineProcess:
                 self._started.put(message)
             case Stop():
                 self._ended.set()
+                if self._made is None:  # it starts, or follows; nobody would look
+                    os._exit(0)
 
     @property
     def _engine(self) -> Engine:
@@ -231,20 +228,20 @@ class EngineProcess:
         try:
             self._engine.submit(request, self._outbox_append)
         except JaxserveError as error:
-            self._outlet.send(Refused(request.id, *error_fields(error)))
+            self._tell(Refused(request.id, *error_fields(error)))
         else:
-            self._outlet.send(Admitted(request.id))
+            self._tell(Admitted(request.id))
 
     def _trace(self, asked: Trace) -> None:
         assert self._made is not None
         if self._made.trace is None:
-            self._outlet.send(Traced(asked.number, None, "this engine runs nothing to trace"))
+            self._tell(Traced(asked.number, None, "this engine runs nothing to trace"))
             return
         try:
-            self._outlet.send(Traced(asked.number, self._made.trace(asked.seconds)))
+            self._tell(Traced(asked.number, self._made.trace(asked.seconds)))
         except Exception as error:
             _log.exception("no trace could be taken")
-            self._outlet.send(Traced(asked.number, None, f"no trace: {type(error).__name__}"))
+            self._tell(Traced(asked.number, None, f"no trace: {type(error).__name__}"))
 
     # In the engine's thread.
 
@@ -255,7 +252,7 @@ class EngineProcess:
         """Sends the events of a step."""
         events, self._outbox = self._outbox, []
         if events:
-            self._outlet.send(Events(events))
+            self._tell(Events(events))
 
     # In the thread of beats.
 
@@ -270,7 +267,7 @@ class EngineProcess:
             count += 1
             made = self._made
             if made is None:
-                self._outlet.send(Beat(0.0, LEAST_STALL_S))
+                self._tell(Beat(0.0, LEAST_STALL_S))
                 continue
             watch = made.engine.watch
             if watch.busy and watch.number == number:
@@ -284,7 +281,7 @@ class EngineProcess:
             return
         watch = self._made.engine.watch
         limit_s = max(LEAST_STALL_S, STALL_FACTOR * watch.slowest_s())
-        self._outlet.send(Beat(age_s, limit_s, self._measured() if measured else None))
+        self._tell(Beat(age_s, limit_s, self._measured() if measured else None))
 
     def _measured(self) -> MetricsSnapshot:
         assert self._made is not None
@@ -310,8 +307,13 @@ def _first_request(engine: Engine) -> None:
     engine.forget_counts()
 
 
-def _give_back_memory() -> None:
-    """Gives what compiling took and left free back to the system: with glibc about half of it."""
+def _settle() -> None:
+    """Keeps collections short from now on, and gives back what compiling took and left free.
+
+    With glibc that is about half of it.
+    """
+    gc.collect()
+    gc.freeze()  # what is there now stays; no collection walks it again
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 

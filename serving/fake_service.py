@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,15 @@ from tokenizers import decoders, models, pre_tokenizers
 import jaxserve
 from jaxserve.checkpoint.generation_config import GenerationDefaults
 from jaxserve.serving.engine import Engine
-from jaxserve.serving.engine_process import Made, serve
+from jaxserve.serving.engine_process import Follows, Made, serve
 from jaxserve.serving.fake_runner import FakeRunner
 from jaxserve.serving.intake import Intake
+from jaxserve.serving.multihost.follower import Follower
+from jaxserve.serving.multihost.group import Group
+from jaxserve.serving.multihost.join import join
+from jaxserve.serving.multihost.leader import LeadingRunner
+from jaxserve.serving.multihost.messages import Identity
+from jaxserve.serving.multihost.ranks import breaking_off
 from jaxserve.serving.pages import GroupLimits
 from jaxserve.serving.plan import SchedulerConfig, StepPlan
 from jaxserve.serving.service import LocalService, ModelCard
@@ -39,6 +45,8 @@ from jaxserve.tokenizer import Tokenizer
 END_ID = 256
 VOCAB_SIZE = 257
 CONTEXT = 512
+COMMAND = (sys.executable, "-m", "jaxserve.serving.fake_service")
+_IDENTITY = {"jaxserve": "1", "jax": "1", "python": "3", "layout": "ab", "model": "cd"}
 CHAT_TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -104,14 +112,25 @@ class TrickRunner(FakeRunner):
         return super().dispatch(plan)
 
 
-def fake_engine(
-    step_s: float = 0.0, hang_id: int | None = None, die_id: int | None = None, **changes: Any
-) -> Engine:
-    """Returns an engine over a `FakeRunner`, not started.
+def fake_engine(**fields: Any) -> Engine:
+    """Returns an engine over a `FakeRunner`, not started; arguments as `fake_runner`."""
+    runner, config = fake_runner(**fields)
+    return Engine(runner, config)
+
+
+def fake_runner(
+    step_s: float = 0.0,
+    hang_id: int | None = None,
+    die_id: int | None = None,
+    vocab_size: int = VOCAB_SIZE,
+    **changes: Any,
+) -> tuple[TrickRunner, SchedulerConfig]:
+    """Returns a runner, and the limits of its scheduler.
 
     Args:
         step_s: seconds of a step.
         hang_id, die_id: see `TrickRunner`.
+        vocab_size: of its arithmetic.
         changes: fields of `SchedulerConfig`.
     """
     fields: dict[str, Any] = {
@@ -122,9 +141,9 @@ def fake_engine(
         "max_context_tokens": CONTEXT,
     }
     config = SchedulerConfig(**(fields | changes))
-    runner = TrickRunner(config, VOCAB_SIZE, step_s)
+    runner = TrickRunner(config, vocab_size, step_s)
     runner.hang_id, runner.die_id = hang_id, die_id
-    return Engine(runner, config)
+    return runner, config
 
 
 @asynccontextmanager
@@ -138,24 +157,46 @@ async def fake_service(step_s: float = 0.0, **changes: Any) -> AsyncIterator[Loc
         await service.stop()
 
 
-def remote_fake(backoff: Backoff | None = None, **fields: Any) -> RemoteService:
+def remote_fake(
+    backoff: Backoff | None = None, group: Group | None = None, **fields: Any
+) -> RemoteService:
     """Returns a service whose fake engine runs in a process of its own; it is not started.
 
     Args:
-        fields: as of `fake_engine`.
+        group: the processes that serve together; this one is rank 0.
+        fields: as of `fake_start`.
     """
-    groups = [group.num_pages for group in fields.pop("groups", ())]
-    start = Start(json.dumps(fields | ({"num_pages": groups} if groups else {})))
-    command = (sys.executable, "-m", "jaxserve.serving.fake_service")
-    return RemoteService(start, fake_intake(), fake_card(), command, backoff)
+    return RemoteService(fake_start(group, **fields), fake_intake(), fake_card(), COMMAND, backoff)
 
 
-def _build(start: Start, phase: Callable[[str], None]) -> Made:
+def fake_start(group: Group | None = None, **fields: Any) -> Start:
+    """Returns what starts a process of a fake engine.
+
+    Args:
+        fields: as of `fake_runner`; and `identity`, what a rank differs in from its group.
+    """
+    groups = [limits.num_pages for limits in fields.pop("groups", ())]
+    return Start(json.dumps(fields | ({"num_pages": groups} if groups else {})), group=group)
+
+
+def _build(start: Start, phase: Callable[[str], None]) -> Made | Follows:
     phase("fake")
     fields = json.loads(start.model)
     if pages := fields.pop("num_pages", None):
         fields["groups"] = tuple(map(GroupLimits, pages))
-    return Made(fake_engine(**fields), {"versions": {"jaxserve": jaxserve.__version__}})
+    info = {"versions": {"jaxserve": jaxserve.__version__}}
+    identity = _IDENTITY | fields.pop("identity", {})
+    if start.group is None:
+        return Made(fake_engine(**fields), info)
+    same = Identity(num_processes=start.group.num_processes, **identity)
+    ranks = join(start.group, same, phase)
+    with breaking_off(ranks):
+        runner, config = fake_runner(**fields)
+        ranks.agree("ready")
+        ranks.serve()
+    if isinstance(ranks, Follower):
+        return Follows(ranks, partial(ranks.follow, runner, config.max_in_flight), info)
+    return Made(Engine(LeadingRunner(runner, ranks), config), info, ranks=ranks)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from jaxserve.serving.wire import (
     Failed,
     Finish,
     FromEngine,
+    Lost,
     Measure,
     Phase,
     Ready,
@@ -131,7 +132,7 @@ class RemoteService:
         self._ready: asyncio.Future[None] | None = None
         self._up = self._draining = self._stopped = False
         self._phase = ""
-        self._trouble = ""
+        self._trouble = self._last_words = ""
         self._info: dict[str, Any] = {}
         self._metrics: MetricsSnapshot = EMPTY_METRICS
         self._measured: asyncio.Event = asyncio.Event()
@@ -277,7 +278,8 @@ class RemoteService:
             except OSError as error:
                 how = f"it could not be launched: {error.strerror}"
             first = self._ready is not None and not self._ready.done()
-            self._lose(how)
+            self._lose(self._last_words or how)
+            self._last_words = ""
             if self._child is not None:
                 self._child.kill()
                 await self._child.close()
@@ -363,6 +365,8 @@ class RemoteService:
                 _log.error("the engine cannot be made: %s", text)
                 if self._ready is not None and not self._ready.done():
                     self._ready.set_exception(error_of(error, text))
+            case Lost(text):
+                self._last_words = text
             case Traced(number):
                 if (done := self._traces.get(number)) is not None and not done.done():
                     done.set_result(message)

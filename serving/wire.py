@@ -19,6 +19,7 @@ from jaxserve import errors
 from jaxserve.errors import JaxserveError
 from jaxserve.partitioning.layout_file import Layout
 from jaxserve.serving.metrics import MetricsSnapshot
+from jaxserve.serving.multihost.group import Group
 from jaxserve.serving.options import EngineOptions
 from jaxserve.serving.request import Request, TokenEvent
 
@@ -46,6 +47,7 @@ class Start(msgspec.Struct, frozen=True, tag=True):
         layout: what lies where on a mesh; None takes one device.
         devices: as `use_devices` takes them.
         quantize: as `model_files.quantization` takes it.
+        group: the processes that serve the model together, and which of them this is.
     """
 
     model: str
@@ -57,6 +59,7 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     layout: Layout | None = None
     devices: str | None = None
     quantize: str | None = None
+    group: Group | None = None
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -113,6 +116,16 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
     info: dict[str, Any]
     startup_seconds: dict[str, float]
+
+
+class Lost(msgspec.Struct, frozen=True, tag=True):
+    """The process ends because the group it belongs to is lost; `message` says how."""
+
+    message: str
+
+
+class Left(msgspec.Struct, frozen=True, tag=True):
+    """The process ends because its group has ended in good order."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -172,7 +185,9 @@ class Traced(msgspec.Struct, frozen=True, tag=True):
 
 
 FromServer = Start | Submit | Abort | Finish | Trace | Measure | Stop
-FromEngine = Phase | Ready | Failed | Admitted | Refused | Started | Events | Beat | Traced
+FromEngine = (
+    Phase | Ready | Failed | Lost | Left | Admitted | Refused | Started | Events | Beat | Traced
+)
 
 FROM_SERVER: msgspec.msgpack.Decoder[FromServer] = msgspec.msgpack.Decoder(FromServer)
 FROM_ENGINE: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)

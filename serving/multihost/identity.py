@@ -1,0 +1,68 @@
+"""What the ranks of a group compare before they begin.
+
+identity = identity_of(start, files.info.path, num_processes=4)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import msgspec
+
+import jaxserve
+from jaxserve.serving.multihost.messages import Identity
+
+if TYPE_CHECKING:
+    from jaxserve.serving.wire import Start
+
+WHOLE_BYTES = 1 << 20
+"""Files up to this size are hashed whole; of larger ones the ends."""
+END_BYTES = 1 << 14
+SHOWN = 16
+
+_OWN = {"model": "", "log_json": True, "launched_s": 0.0, "devices": None, "group": None}
+"""Fields of `Start` in which ranks may differ; of the model the files are compared."""
+
+
+def identity_of(start: Start, checkpoint: Path, num_processes: int) -> Identity:
+    """Returns what this rank has to have in common with the others."""
+    return Identity(
+        jaxserve.__version__,
+        jax.__version__,
+        ".".join(platform.python_version_tuple()[:2]),
+        layout_hash(start),
+        model_hash(checkpoint),
+        num_processes,
+    )
+
+
+def layout_hash(start: Start) -> str:
+    """Returns a hash of layout, sizes, dtype and kernels: all of a start that shapes a step."""
+    shared = msgspec.structs.replace(start, **_OWN)
+    return hashlib.sha256(msgspec.json.encode(shared, order="sorted")).hexdigest()[:SHOWN]
+
+
+def model_hash(checkpoint: Path) -> str:
+    """Returns a hash of a checkpoint's files: names, sizes, small files, the ends of large ones.
+
+    So headers and configuration count whole, and of the weights what is cheap to read.
+    """
+    made = hashlib.sha256()
+    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
+        name = path.relative_to(checkpoint)
+        if any(part.startswith(".") for part in name.parts):
+            continue
+        size = path.stat().st_size
+        made.update(f"{name.as_posix()}\0{size}\0".encode())
+        with path.open("rb") as file:
+            if size <= WHOLE_BYTES:
+                made.update(file.read())
+                continue
+            made.update(file.read(END_BYTES))
+            file.seek(size - END_BYTES)
+            made.update(file.read(END_BYTES))
+    return made.hexdigest()[:SHOWN]

@@ -1,0 +1,439 @@
+"""Groups of processes over fake engines: what happens when one is lost, silent or wrong."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi", reason="fastapi is not installed")
+
+
+WAIT_S = 60.0
+NOTICED_S = 15.0
+SECRET = "the secret of this group"
+
+CODE = """
+import asyncio, json, sys
+from jaxserve.serving import logs
+from jaxserve.serving.fake_service import COMMAND, fake_start, remote_fake
+from jaxserve.serving.multihost.group import Group
+from jaxserve.serving.multihost.member import Member
+from jaxserve.serving.server import Server
+from jaxserve.serving.server_options import ServerOptions
+from jaxserve.serving.supervisor import Backoff
+
+group, fields = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+group = Group(**{**group, "secret": group["secret"].encode()})
+logs.set_up(as_json=True)
+
+async def main():
+    backoff = Backoff(first_s=0.05)
+    if not group.leads:
+        start = fake_start(group, **fields)
+        return await Member(start, 0, drain_s=5.0, command=COMMAND, backoff=backoff).run()
+    service = remote_fake(backoff, group, **fields)
+    options = ServerOptions(model_name="fake", http_port=0, grpc_port=None)
+    return await Server(service, options).run()
+
+sys.exit(asyncio.run(main()))
+"""
+
+
+def free_port() -> int:
+    """Returns a port that is free together with the one after it."""
+    while True:
+        with socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+            try:
+                two.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return port
+
+
+class Rank:
+    """The process of one rank, and the engine process under it."""
+
+    def __init__(self, group: dict[str, Any], fields: dict[str, Any]) -> None:
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - nobody reads a pipe meanwhile
+        self.out = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CODE, json.dumps(group), json.dumps(fields)],
+            stdout=self.out,
+            stderr=self.log,
+            text=True,
+        )
+
+    @property
+    def engine_pid(self) -> int:
+        """Returns the number of the engine's process."""
+        path = f"/proc/{self.process.pid}/task/{self.process.pid}/children"
+        children = Path(path).read_text().split()
+        assert len(children) == 1, children
+        return int(children[0])
+
+    def said(self, word: str) -> bool:
+        """Returns whether the log has a word."""
+        return word in self.text()
+
+    def text(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
+
+    def announced(self) -> str:
+        """Returns the line that says it is ready, or nothing."""
+        self.out.seek(0)
+        return self.out.readline()
+
+
+class Ranks:
+    """All processes of a group."""
+
+    def __init__(
+        self,
+        size: int,
+        changes: dict[int, dict[str, Any]],
+        port: int | None = None,
+        **fields: Any,
+    ) -> None:
+        self.port = port or free_port()
+        self.size, self.fields = size, fields
+        self.ranks = [self.launch(rank, **changes.get(rank, {})) for rank in range(size)]
+
+    def launch(self, rank: int, **changes: Any) -> Rank:
+        group = {
+            "coordinator": f"127.0.0.1:{self.port}",
+            "num_processes": self.size,
+            "process_id": rank,
+            "secret": SECRET,
+            "silence_s": 1.5,
+            "stall_s": 30.0,
+            "join_s": 20.0,
+        }
+        group |= {name: changes.pop(name) for name in list(changes) if name in group}
+        return Rank(group, self.fields | changes)
+
+    @property
+    def http(self) -> int:
+        """Returns the port of rank 0's HTTP server."""
+        return int(self.ranks[0].announced().split("http://127.0.0.1:")[1].split()[0])
+
+    def wait_ready(self) -> None:
+        wait(lambda: all(rank.announced() for rank in self.ranks))
+
+    def end(self) -> None:
+        for rank in self.ranks:
+            with contextlib.suppress(AssertionError, OSError):
+                os.kill(rank.engine_pid, signal.SIGKILL)
+            rank.process.kill()
+            rank.process.wait()
+            sys.stderr.write(rank.text()[-3000:])
+            rank.log.close()
+            rank.out.close()
+
+
+@contextlib.contextmanager
+def group(
+    size: int = 2, changes: dict[int, dict[str, Any]] | None = None, **fields: Any
+) -> Iterator[Ranks]:
+    """Yields the processes of a group, which may not be ready yet."""
+    ranks = Ranks(size, changes or {}, **fields)
+    try:
+        yield ranks
+    finally:
+        ranks.end()
+
+
+def wait(true: Callable[[], Any], wait_s: float = WAIT_S) -> float:
+    """Returns the seconds until something is true."""
+    began = time.monotonic()
+    while not true():
+        assert time.monotonic() - began < wait_s, "it never came true"
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+async def call(
+    port: int, path: str, body: dict[str, Any] | None = None
+) -> tuple[int, dict[str, str], str]:
+    """Returns status, headers and body of a request on a connection of its own."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        data = b"" if body is None else json.dumps(body).encode()
+        head = f"{'GET' if body is None else 'POST'} {path} HTTP/1.1\r\nhost: localhost\r\n"
+        head += f"connection: close\r\ncontent-length: {len(data)}\r\n"
+        head += "content-type: application/json\r\n\r\n"
+        writer.write(head.encode() + data)
+        answer = (await asyncio.wait_for(reader.read(), WAIT_S)).decode()
+        top, _, rest = answer.partition("\r\n\r\n")
+        first, *lines = top.split("\r\n")
+        headers = dict(line.lower().split(": ", 1) for line in lines)
+        return int(first.split()[1]), headers, rest
+    finally:
+        writer.close()
+
+
+async def complete(port: int, max_tokens: int, **fields: Any) -> tuple[int, dict[str, str], str]:
+    asked = {"model": "fake", "prompt": [97, 98, 99], "max_tokens": max_tokens}
+    asked |= {"temperature": 0, "ignore_eos": True}
+    return await call(port, "/v1/completions", asked | fields)
+
+
+def usage(body: str) -> int:
+    return json.loads(body)["usage"]["completion_tokens"]
+
+
+def text_of(body: str) -> str:
+    return json.loads(body)["choices"][0]["text"]
+
+
+async def running_is(port: int, number: int) -> None:
+    """Waits until so many sequences run."""
+    until = time.monotonic() + WAIT_S
+    while True:
+        _, _, page = await call(port, "/metrics")
+        (line,) = [x for x in page.splitlines() if x.startswith("jaxserve_num_requests_running{")]
+        if float(line.split()[-1]) == number:
+            return
+        assert time.monotonic() < until
+        await asyncio.sleep(0.05)
+
+
+async def ready_again(port: int) -> None:
+    until, status = time.monotonic() + WAIT_S, 503
+    while status != 200:
+        assert time.monotonic() < until
+        status, _, _ = await call(port, "/health/ready")
+        await asyncio.sleep(0.05)
+
+
+def run(work: Awaitable[Any]) -> Any:
+    async def bounded() -> Any:
+        return await asyncio.wait_for(work, 2 * WAIT_S)
+
+    return asyncio.run(bounded())
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_killed_rank_is_named_fails_what_runs_and_comes_back(size: int) -> None:
+    async def work(ranks: Ranks) -> None:
+        port, last = ranks.http, ranks.ranks[-1]
+        before = [rank.engine_pid for rank in ranks.ranks]
+        whole = await complete(port, 24)
+        assert usage(whole[2]) == 24
+        tasks = [asyncio.create_task(complete(port, 400)) for _ in range(3)]
+        await running_is(port, 3)
+        os.kill(last.engine_pid, signal.SIGKILL)
+        began = time.monotonic()
+        for status, headers, body in await asyncio.gather(*tasks):
+            assert status == 503
+            assert headers["x-request-id"]
+            assert json.loads(body)["error"]["code"] == "unavailable"
+            assert f"rank {size - 1} closed its connection" in body
+        assert time.monotonic() - began < NOTICED_S
+        await ready_again(port)
+        assert text_of((await complete(port, 24))[2]) == text_of(whole[2])
+        after = [rank.engine_pid for rank in ranks.ranks]
+        assert not set(before) & set(after), "the whole group begins anew"
+        lost = f"the group is lost: rank {size - 1} closed its connection"
+        assert all(rank.said(lost) for rank in ranks.ranks[:-1])
+
+    with group(size, step_s=0.02) as ranks:
+        ranks.wait_ready()
+        run(work(ranks))
+
+
+def test_a_silent_rank_is_named_within_the_deadline() -> None:
+    async def work(ranks: Ranks) -> None:
+        port, last = ranks.http, ranks.ranks[1]
+        task = asyncio.create_task(complete(port, 500))
+        await running_is(port, 1)
+        stopped = last.engine_pid
+        os.kill(stopped, signal.SIGSTOP)
+        began = time.monotonic()
+        status, _, body = await task
+        assert status == 503
+        assert "rank 1 gave no sign of life for 1.5 s" in body
+        assert time.monotonic() - began < NOTICED_S
+        await ready_again(port)  # its own server has replaced it
+        assert last.engine_pid != stopped
+
+    with group(2, step_s=0.05) as ranks:
+        ranks.wait_ready()
+        run(work(ranks))
+
+
+def test_a_stopped_rank_0_is_noticed_by_the_others() -> None:
+    with group(2) as ranks:
+        ranks.wait_ready()
+        os.kill(ranks.ranks[0].engine_pid, signal.SIGSTOP)
+        noticed_s = wait(lambda: ranks.ranks[1].said("rank 0 gave no sign of life for 1.5 s"))
+        assert noticed_s < NOTICED_S
+        run(ready_again(ranks.http))
+
+
+def test_a_rank_that_hangs_in_a_step_is_named() -> None:
+    changes = {1: {"hang_id": 200}, 0: {"stall_s": 1.0}}
+    with group(2, changes) as ranks:
+        ranks.wait_ready()
+        status, _, body = run(complete(ranks.http, 500, prompt=[200]))
+        assert ranks.ranks[0].said("rank 1 has been at one step for") or status == 200, body
+        wait(lambda: ranks.ranks[0].said("rank 1 has been at one step for"), NOTICED_S)
+        run(ready_again(ranks.http))
+
+
+def test_a_rank_that_computes_other_tokens_is_named() -> None:
+    with group(2, {1: {"vocab_size": 131}}, step_s=0.02) as ranks:
+        ranks.wait_ready()
+        run(complete(ranks.http, 300))
+        wait(lambda: ranks.ranks[0].said("rank 1 computed other tokens"), NOTICED_S)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"jaxserve": "0.0"}, "rank 1 has another version of jaxserve (0.0) than rank 0 (1)"),
+        ({"jax": "0.0"}, "rank 1 has another version of JAX (0.0) than rank 0 (1)"),
+        ({"layout": "xy"}, "rank 1 has another layout or other sizes (xy) than rank 0 (ab)"),
+        ({"model": "ef"}, "rank 1 has another model (ef) than rank 0 (cd)"),
+    ],
+    ids=["version", "jax", "layout", "model"],
+)
+def test_a_rank_of_another_kind_ends_all_processes(changed: dict[str, str], words: str) -> None:
+    with group(2, {1: {"identity": changed}}) as ranks:
+        for rank in ranks.ranks:
+            assert rank.process.wait(WAIT_S) != 0
+            assert rank.said(words)
+
+
+def test_a_rank_with_another_secret_is_not_taken_and_then_missing() -> None:
+    changes = {0: {"join_s": 3.0}, 1: {"secret": "quite another secret"}}
+    with group(2, changes) as ranks:
+        assert ranks.ranks[1].process.wait(WAIT_S) != 0
+        assert ranks.ranks[0].process.wait(WAIT_S) != 0
+        assert ranks.ranks[0].said("rank 1 has another secret than rank 0")
+        assert ranks.ranks[0].said("rank 1 of 2 did not come within 3 s")
+
+
+def test_missing_ranks_are_named_while_they_are_waited_for() -> None:
+    with group(4, {rank: {"join_s": 4.0} for rank in range(4)}) as ranks:
+        for rank in (1, 3):
+            ranks.ranks[rank].process.kill()
+            with contextlib.suppress(AssertionError, OSError):
+                os.kill(ranks.ranks[rank].engine_pid, signal.SIGKILL)
+        wait(lambda: ranks.ranks[0].said("waits for ranks 1 and 3 of 4"))
+        for rank in (0, 2):
+            assert ranks.ranks[rank].process.wait(WAIT_S) != 0
+            assert ranks.ranks[rank].said("ranks 1 and 3 of 4 did not come within 4 s")
+
+
+class Proxy:
+    """Hands on what goes between rank 0 and another rank, until it drops it."""
+
+    def __init__(self, target: int) -> None:
+        while True:  # rank 0's port is the one after the coordinator's
+            try:
+                self.listener = socket.create_server(("127.0.0.1", free_port() + 1))
+                break
+            except OSError:
+                continue
+        self.port, self.target = self.listener.getsockname()[1], target
+        self.pairs: list[socket.socket] = []
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                one, _ = self.listener.accept()
+                try:
+                    two = socket.create_connection(("127.0.0.1", self.target))
+                except OSError:
+                    one.close()
+                    continue
+                self.pairs += [one, two]
+                for source, sink in ((one, two), (two, one)):
+                    threading.Thread(target=pump, args=(source, sink), daemon=True).start()
+
+    def drop(self) -> None:
+        for sock in self.pairs:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+        self.pairs.clear()
+
+
+def pump(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
+
+
+def test_a_dropped_connection_is_noticed_on_both_sides() -> None:
+    async def work(ranks: Ranks) -> None:
+        task = asyncio.create_task(complete(ranks.http, 500))
+        await running_is(ranks.http, 1)
+        proxy.drop()
+        status, _, body = await task
+        assert status == 503
+        assert "rank 1" in body and "connection" in body
+        await ready_again(ranks.http)
+
+    port = free_port()
+    proxy = Proxy(port + 1)
+    ranks = Ranks(2, {1: {"coordinator": f"127.0.0.1:{proxy.port - 1}"}}, port, step_s=0.05)
+    try:
+        ranks.wait_ready()
+        run(work(ranks))
+        assert ranks.ranks[1].said("the group is lost: rank 0")
+    finally:
+        ranks.end()
+        proxy.listener.close()
+
+
+def test_ranks_above_0_tell_health_alone() -> None:
+    async def work(ranks: Ranks) -> None:
+        line = ranks.ranks[1].announced()
+        assert "rank 1 of 2 follows" in line
+        port = int(line.split("health http://127.0.0.1:")[1])
+        for path in ("/health", "/health/ready"):
+            status, _, body = await call(port, path)
+            assert (status, json.loads(body)["status"]) == (200, "ok")
+        for path, body in (("/v1/models", None), ("/v1/completions", {"prompt": "a"})):
+            status, _, _ = await call(port, path, body)
+            assert status == 404
+
+    with group(2) as ranks:
+        ranks.wait_ready()
+        run(work(ranks))
+
+
+def test_a_group_that_is_told_to_end_drains_and_ends_well() -> None:
+    async def work(ranks: Ranks) -> None:
+        tasks = [asyncio.create_task(complete(ranks.http, 60)) for _ in range(3)]
+        await running_is(ranks.http, 3)
+        for rank in reversed(ranks.ranks):  # as Kubernetes does: all at once
+            rank.process.send_signal(signal.SIGTERM)
+        for status, _, body in await asyncio.gather(*tasks):
+            assert status == 200
+            assert usage(body) == 60
+
+    with group(2, step_s=0.02) as ranks:
+        ranks.wait_ready()
+        run(work(ranks))
+        for rank in ranks.ranks:
+            assert rank.process.wait(WAIT_S) == 0
+        assert not ranks.ranks[0].said("lost")
