@@ -80,7 +80,8 @@ class Job:
         """Returns what the step is built from on a mesh."""
         padding = self.padding(sizes)
         padding.check(self.config)
-        model = Model(self.config, Declare(self.dtype, stack=True, padding=padding))
+        declare = Declare(self.dtype, fuse=True, stack=True, padding=padding)
+        model = Model(self.config, declare)
         return Program(model, MeshComm(self.phase, tuple(sizes.items())), kernel_set(self.backend))
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from functools import cache
 from pathlib import Path
 
@@ -69,6 +70,36 @@ def test_logits_take_any_number_of_tokens(shape) -> None:
     found, expected = llm.logits(tokens), on().logits(tokens)
     assert found.shape == (*shape, 97)
     np.testing.assert_allclose(found, expected, atol=1e-5 * float(jnp.max(jnp.abs(expected))))
+
+
+@cache
+def read_in_bfloat16(**names) -> tuple[np.ndarray, np.ndarray]:
+    """Returns Python source as [4, 192] tokens: the likeliest next of each, and its loss."""
+    llm = js.load("tiny", dtype="bfloat16", engine=SMALL, **names)
+    assert llm.tokenizer is not None
+    text = Path(textwrap.__file__).read_text(encoding="utf-8")
+    tokens = np.asarray(llm.tokenizer.encode(text)[: 4 * 192]).reshape(4, 192)
+    logits = llm.logits(tokens)[:, :-1]
+    told = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], -1)
+    return np.argmax(logits, -1), -np.asarray(told)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "layout", "prefill", "attention"),
+    [
+        ((2, 2, 2), "ws2d", "ws2d", "heads"),
+        ((1, 2, 4), "ws1d", "ws1d", "heads"),
+        ((2, 2, 2), "ws2d", "wg-x", "heads-batch"),
+    ],
+)
+def test_bfloat16_on_a_mesh_reads_as_well_as_on_one_device(
+    mesh, layout, prefill, attention
+) -> None:
+    likely, losses = read_in_bfloat16()
+    found = read_in_bfloat16(mesh=mesh, layout=layout, prefill_layout=prefill, attention=attention)
+    assert not np.array_equal(found[1], losses)  # sums of other parts are rounded otherwise
+    assert np.mean(found[0] == likely) >= 0.95
+    assert found[1].mean() == pytest.approx(losses.mean(), rel=0.002)
 
 
 def test_new_weights_are_padded_and_placed_too() -> None:
