@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^```(\S+)[ \t]*(.*?)\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 COMMAND_TIMEOUT_S = 300
+LONG = {"benchmarks", "quantization", "tiny"}
+"""Pages whose commands measure or load many times; slow tests run those."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,12 @@ def run_command(command: str, folder: Path) -> None:
     assert done.returncode == 0, f"$ {command}\n{done.stdout}{done.stderr}"
 
 
-@pytest.mark.parametrize("page", pages(), ids=lambda page: page.stem)
+def console_pages() -> list[Any]:
+    marks = {True: [pytest.mark.slow], False: []}
+    return [pytest.param(page, marks=marks[page.stem in LONG], id=page.stem) for page in pages()]
+
+
+@pytest.mark.parametrize("page", console_pages())
 def test_console_blocks_run(page: Path, tmp_path: Path):
     for block in blocks(page):
         if block.language in {"console", "sh", "bash", "shell"} and runs(block):

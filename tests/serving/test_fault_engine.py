@@ -39,6 +39,12 @@ def run(work: Awaitable[Any]) -> Any:
     return asyncio.run(bounded())
 
 
+def pause(pid: int) -> None:
+    """Stops a child process, and waits until it does nothing more."""
+    os.kill(pid, signal.SIGSTOP)
+    os.waitpid(pid, os.WUNTRACED)
+
+
 @asynccontextmanager
 async def remote(**fields: Any) -> AsyncIterator[RemoteService]:
     service = remote_fake(QUICK, **fields)
@@ -148,7 +154,7 @@ def test_a_stopped_engine_is_noticed_and_replaced(monkeypatch: pytest.MonkeyPatc
             await until(lambda: any(sent.started for sent in service._sent.values()))
             pid = service.engine_pid
             assert pid is not None
-            os.kill(pid, signal.SIGSTOP)
+            pause(pid)
             assert await until(lambda: service.state is not State.READY) > 1.0
             assert "no sign of life for 2 s" in service.reason
             with pytest.raises(UnavailableError, match="no sign of life"):
@@ -441,7 +447,7 @@ def test_a_cancelled_submit_leaves_nothing_behind() -> None:
     async def work() -> None:
         async with remote(step_s=0.01) as service:
             assert service.engine_pid is not None
-            os.kill(service.engine_pid, signal.SIGSTOP)
+            pause(service.engine_pid)
             task = asyncio.create_task(service.submit(asked(service, "abc", 500)))
             await until(lambda: len(service._sent) == 1)
             task.cancel()

@@ -32,6 +32,7 @@ def trainer(folder: Path, plan: Plan = PLAN) -> Trainer:
     return Trainer(SMALL, plan, TOKENS, TOKENS[:200], 0, folder, lambda line: None)
 
 
+@pytest.mark.slow
 def test_a_run_ended_by_a_signal_resumes_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
