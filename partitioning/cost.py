@@ -79,14 +79,16 @@ class Pass:
     Attributes:
         tokens: T, of all sequences.
         rows: R, tokens whose logits are wanted.
-        dtype: of activations and weights.
+        dtype: of activations and, unless those are quantised, weights.
         logits: where the scores are wanted.
+        weights: dtype of quantised weights, whose scales are whole on every device; None for none.
     """
 
     tokens: int
     rows: int
     dtype: str = "bfloat16"
     logits: Stage = Stage.WHOLE
+    weights: str | None = None
 
 
 Key = tuple[str, tuple[str, ...], str, Where]
@@ -123,7 +125,7 @@ def step_collectives(
     Args:
         config: its sizes divide over the mesh; see `padded`.
     """
-    meter = _Meter(phase, sizes, step.dtype, step.tokens)
+    meter = _meter(phase, sizes, step)
     found = list(_start(config, meter))
     for layer in config.pattern:
         found += layer_collectives(layer, config.embed_dim, phase, sizes, step)
@@ -134,7 +136,7 @@ def layer_collectives(
     layer: LayerSpec, embed_dim: int, phase: PhaseLayout, sizes: dict[str, int], step: Pass
 ) -> list[Collective]:
     """Returns what one layer sends."""
-    meter = _Meter(phase, sizes, step.dtype, step.tokens)
+    meter = _meter(phase, sizes, step)
     if layer.block is BlockKind.PARALLEL:
         return list(_side_by_side(layer, embed_dim, meter))
     return [*_attention(layer, embed_dim, meter), *_mlp(layer, embed_dim, meter)]
@@ -144,7 +146,7 @@ def mlp_collectives(
     layer: LayerSpec, embed_dim: int, phase: PhaseLayout, sizes: dict[str, int], step: Pass
 ) -> list[Collective]:
     """Returns what the MLP of a serial layer sends, which the paper's volumes are about."""
-    return list(_mlp(layer, embed_dim, _Meter(phase, sizes, step.dtype, step.tokens)))
+    return list(_mlp(layer, embed_dim, _meter(phase, sizes, step)))
 
 
 def gathered_bytes(
@@ -182,6 +184,7 @@ class _Meter:
     sizes: dict[str, int]
     dtype: str
     tokens: int
+    weights: str | None = None
 
     def placement(self, stage: Stage, kv_heads: int | None = None) -> Placement:
         if kv_heads is None:
@@ -261,7 +264,7 @@ class _Meter:
             used = self.phase.used(name, size, self.sizes)
             if over := tuple(axis for axis in cut if axis not in used):
                 elements *= self.count(over)
-                yield self.one(Kind.ALL_GATHER, over, elements)
+                yield self.one(Kind.ALL_GATHER, over, elements, self.weights)
 
     def norm(
         self, spec: NormSpec, stage: Stage, where: Where = Where.LAYER
@@ -273,6 +276,10 @@ class _Meter:
         tokens = self.tokens // self.count(lies.tokens)
         for _ in range(2 if spec.kind is NormKind.LAYER else 1):
             yield self.one(Kind.ALL_REDUCE, lies.features, tokens, "float32", where)
+
+
+def _meter(phase: PhaseLayout, sizes: dict[str, int], step: Pass) -> _Meter:
+    return _Meter(phase, sizes, step.dtype, step.tokens, step.weights)
 
 
 def xla_name(dtype: str) -> str:

@@ -39,6 +39,19 @@ class Stored:
             size += self.scale_bytes / (inputs if self.group < 0 else self.group)
         return size
 
+    def kept(self, elements: float, inputs: int, outputs: int) -> float:
+        """Returns bytes of a device's part of a weight.
+
+        Scales of output features lie whole on every device; those of groups are cut too.
+
+        Args:
+            elements: of the part.
+            inputs, outputs: features of the whole weight.
+        """
+        if self.group < 0:
+            return elements * self.bits / 8 + self.scale_bytes * outputs
+        return elements * self.per_element(inputs)
+
 
 WEIGHTS = {
     one.name: one

@@ -332,7 +332,7 @@ class Coster:
         op = self.share.logits
         flops, rate, origin = self._flops(op, batch)
         yield Term("logits", Part.COMPUTE, flops, "flop", flops / rate, origin, ahead=True)
-        each = max(2.0, min(self.kept.weights.bits / 8, 4.0))
+        each = self.kept.tables.per_element(op.inputs)
         yield self._memory("logits", Part.WEIGHTS, op.used * each)
         rows = -(-batch // math.prod(self.share.sizes.values()))
         size = 4 * self.share.config.vocab_size * rows * _SAMPLER_PASSES

@@ -38,6 +38,11 @@ class Kept:
     kv: Stored = KV["bfloat16"]
     activation_bytes: int = 2
 
+    @property
+    def tables(self) -> Stored:
+        """Returns how embedding and output head are stored: rounded to bytes, not to less."""
+        return self.weights if self.weights.bits >= 8 else WEIGHTS["bfloat16"]
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -96,11 +101,12 @@ def memory_of(
 
 
 def weights_bytes(share: Share, kept: Kept) -> float:
-    """Returns the bytes of a device's parameters; tables and vectors stay in 16 bits or more."""
-    plain = max(2.0, min(kept.weights.bits / 8, 4.0))
-    total = plain * (share.table_elements + share.vector_elements)
+    """Returns the bytes of a device's parameters; vectors stay in 16 bits or more."""
+    total = max(2.0, min(kept.weights.bits / 8, 4.0)) * share.vector_elements
+    table = share.logits
+    total += share.tables * kept.tables.kept(table.stored, table.inputs, table.outputs)
     for op in share.products:
-        total += op.stored * op.turns * kept.weights.per_element(op.inputs)
+        total += op.turns * kept.weights.kept(op.stored, op.inputs, op.outputs)
     return total
 
 

@@ -33,7 +33,7 @@ class Product:
         inner, outer: features.
         used: elements of the weight as it is multiplied, gathered where the layout gathers.
         stored: elements that the device keeps.
-        inputs: features that the whole weight contracts.
+        inputs, outputs: features that the whole weight contracts, and that it gives.
         turns: layers.
         experts, taken: of a product that has one weight for each expert, these and those that a
             token takes; used and stored elements are then those of all.
@@ -46,6 +46,7 @@ class Product:
     used: int
     stored: int
     inputs: int
+    outputs: int
     turns: int
     experts: int = 1
     taken: int = 1
@@ -145,12 +146,13 @@ class Share:
         outer = self.config.vocab_size // self._count(lies.features)
         stored = self._stored(("vocab", self.config.vocab_size), ("embed", self.config.embed_dim))
         # The table is never gathered: its rows are looked up where they lie.
-        return Product("logits", 1, inner, outer, inner * outer, stored, self.config.embed_dim, 1)
+        whole = self.config.embed_dim, self.config.vocab_size
+        return Product("logits", 1, inner, outer, inner * outer, stored, *whole, 1)
 
     @property
-    def table_elements(self) -> int:
-        """Returns the elements of embedding and output head that a device keeps."""
-        return self.logits.stored * (1 if self.config.tied else 2)
+    def tables(self) -> int:
+        """Returns how many tables there are, of the embedding and of the output head."""
+        return 1 if self.config.tied else 2
 
     @property
     def vector_elements(self) -> int:
@@ -218,6 +220,7 @@ class Share:
             inputs * (query + keys),
             kept,
             embed,
+            (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim,
             run.turns,
         )
         ways = 2 if mlp.gated else 1
@@ -231,6 +234,7 @@ class Share:
             inputs * up,
             ways * self._stored(width, ffn),
             embed,
+            ways * mlp.ffn_dim,
             run.turns,
         )
         into = _of_experts(into, mlp)
@@ -239,9 +243,11 @@ class Share:
         mixed, hidden = spec.num_heads * spec.head_dim // contracted, mlp.ffn_dim // contracted
         whole = spec.num_heads * spec.head_dim
         kept = self._stored(heads, head, width)
-        last = Product("attention output", cut, mixed, out, mixed * out, kept, whole, run.turns)
+        turns = run.turns
+        last = Product("attention output", cut, mixed, out, mixed * out, kept, whole, embed, turns)
         kept = self._stored(ffn, width)
-        down = Product("MLP out", cut, hidden, out, hidden * out, kept, mlp.ffn_dim, run.turns)
+        ends = mlp.ffn_dim, embed
+        down = Product("MLP out", cut, hidden, out, hidden * out, kept, *ends, turns)
         down = _of_experts(down, mlp)
         if run.layer.block is BlockKind.PARALLEL and mlp.experts is None:
             yield _joined("first projections", first, into)
@@ -284,6 +290,7 @@ def _of_experts(op: Product, mlp: MlpSpec) -> Product:
         op,
         used=op.used * count,
         stored=op.stored * count,
+        outputs=op.outputs * count,
         experts=count,
         taken=mlp.experts.per_token,
     )
@@ -299,5 +306,6 @@ def _joined(name: str, one: Product, other: Product) -> Product:
         one.used + other.used,
         one.stored + other.stored,
         one.inputs,
+        one.outputs + other.outputs,
         one.turns,
     )

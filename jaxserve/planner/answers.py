@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 
-from jaxserve.config import ModelConfig
+from jaxserve.config import ModelConfig, Quantization
 from jaxserve.errors import UsageError
 from jaxserve.partitioning.estimate import Coster, Estimate, Term
 from jaxserve.partitioning.hardware import ChipSlice
@@ -198,9 +198,9 @@ class Plan(_Shown):
         return "bfloat16" if name == "int8" else name
 
     @property
-    def quantize(self) -> str | None:
+    def quantize(self) -> Quantization | None:
         """Returns what `--quantize` must be beside the layout."""
-        return "int8" if self.best.option.kept.weights.name == "int8" else None
+        return Quantization.INT8 if self.best.option.kept.weights.name == "int8" else None
 
     def fields(self) -> dict[str, Any]:
         """Returns the answer as JSON shows it."""

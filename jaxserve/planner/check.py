@@ -87,7 +87,7 @@ def check(job: Job, on: Slice) -> Report:
         totals(collectives(text, on.sizes)),
         tuple(str(one) for one in relayouts(text)),
         argument_bytes(job, on.sizes),
-        gathered_bytes(config, job.phase, on.sizes, job.dtype),
+        gathered_bytes(config, job.phase, on.sizes, job.weights),
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
         config.layers[0].attention.num_heads,

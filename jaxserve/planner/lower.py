@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxserve.config import ModelConfig, dtype_bytes
+from jaxserve.config import ModelConfig, Quantization
 from jaxserve.layers.cache import DenseCache
 from jaxserve.layers.decoder import Model
 from jaxserve.layers.param import Declare, named_parameters, tree_of
@@ -53,9 +53,10 @@ class Job:
         batch: sequences.
         slots: tokens that the cache has room for, a sequence.
         length: tokens of each sequence in this step; 1 decodes.
-        dtype: of weights, activations and cache.
+        dtype: of weights, unless they are quantised, activations and cache.
         store: kind of cache.
         backend: kernels.
+        quantize: weights are int8.
     """
 
     config: ModelConfig
@@ -66,11 +67,17 @@ class Job:
     dtype: str = "bfloat16"
     store: Store = Store.SLAB
     backend: str = "xla"
+    quantize: Quantization | None = None
+
+    @property
+    def weights(self) -> str:
+        """Returns the dtype of weights as they are stored."""
+        return self.dtype if self.quantize is None else "int8"
 
     @property
     def step(self) -> Pass:
         """Returns the step as its communication is derived from."""
-        return Pass(self.batch * self.length, self.batch, self.dtype)
+        return Pass(self.batch * self.length, self.batch, self.dtype, weights=self.weights)
 
     def padding(self, sizes: dict[str, int]) -> Padding:
         """Returns what is added to the model so that it divides."""
@@ -80,7 +87,9 @@ class Job:
         """Returns what the step is built from on a mesh."""
         padding = self.padding(sizes)
         padding.check(self.config)
-        declare = Declare(self.dtype, fuse=True, stack=True, padding=padding)
+        declare = Declare(
+            self.dtype, fuse=True, stack=True, padding=padding, quantize=self.quantize
+        )
         model = Model(self.config, declare)
         return Program(model, MeshComm(self.phase, tuple(sizes.items())), kernel_set(self.backend))
 
@@ -141,10 +150,10 @@ def argument_bytes(job: Job, sizes: dict[str, int]) -> int:
     program = job.program(sizes)
     total = 0
     for _, leaf in named_parameters(program.model.module()):
-        shape = leaf.get_value().shape
-        cuts = job.phase.cuts(leaf.axes, shape, sizes)
+        values = leaf.get_value()
+        cuts = job.phase.cuts(leaf.axes, values.shape, sizes)
         pieces = math.prod(sizes[axis] for cut in cuts for axis in cut)
-        total += math.prod(shape) * dtype_bytes(job.dtype) // pieces
+        total += values.size * values.dtype.itemsize // pieces
     local = jax.eval_shape(partial(_empty, job, program))
     total += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(local))
     return total + 4 * job.batch * (job.length + 1)

@@ -28,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxserve.compile_cache import directory
-from jaxserve.config import ModelConfig
+from jaxserve.config import ModelConfig, Quantization
 from jaxserve.errors import JaxserveError, UnsupportedError
 from jaxserve.partitioning.demand import Serving
 from jaxserve.partitioning.estimate import Estimate
@@ -48,7 +48,7 @@ class Question(msgspec.Struct, frozen=True):
 
     Attributes:
         config, phase, mesh: model, layout, devices along x, y and z.
-        batch, slots, length: see `lower.Job`.
+        batch, slots, length, quantize: see `lower.Job`.
         target: a slice that libtpu knows, or None for CPU devices.
         megacore: the two cores of a chip are one device.
     """
@@ -61,6 +61,7 @@ class Question(msgspec.Struct, frozen=True):
     length: int
     target: str | None
     megacore: bool = False
+    quantize: Quantization | None = None
 
 
 @dataclass(frozen=True)
@@ -180,8 +181,6 @@ def verified(plan: Plan, limit_s: float = LIMIT_S) -> Verified:
     best = plan.best
     option = best.option
     lacking = [text for text in option.not_run() if option.serving is Serving.COLOCATED]
-    if plan.quantize is not None:
-        lacking.append("weights in int8 for another machine")
     if lacking:
         raise UnsupportedError(f"--verify cannot build a step with {'; '.join(lacking)}")
     found, steps = [], plan.steps
@@ -210,6 +209,7 @@ def verified(plan: Plan, limit_s: float = LIMIT_S) -> Verified:
             length,
             on.name if is_tpu else None,
             on.chip.name == "v4",
+            plan.quantize,
         )
         answer, cached = _asked(question, limit_s)
         found.append(_step(name, question, answer, cached, steps[name], on))

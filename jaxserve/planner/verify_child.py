@@ -34,6 +34,7 @@ def answer(question: Question) -> dict[str, Any]:
         slots=question.slots,
         length=question.length,
         dtype=dtype,
+        quantize=question.quantize,
     )
     on: Any
     if question.target is None:

@@ -4,6 +4,7 @@ They need libtpu and no TPU. The table of all layouts is in docs/communication.m
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,14 +19,18 @@ from jaxserve.config import (
     ModelConfig,
     NormKind,
     NormSpec,
+    Quantization,
     RopeSpec,
 )
 from jaxserve.errors import UsageError
 from jaxserve.models.named import named_config
 from jaxserve.partitioning.cost import Where
+from jaxserve.partitioning.dtypes import WEIGHTS
 from jaxserve.partitioning.layout import Ffn, Heads, PhaseLayout
+from jaxserve.partitioning.memory import Kept, weights_bytes
+from jaxserve.partitioning.work import Share
 from jaxserve.planner.check import Report, check
-from jaxserve.planner.lower import Job, Store
+from jaxserve.planner.lower import Job, Store, argument_bytes
 from jaxserve.planner.topology import SLICES
 
 NORM = NormSpec(NormKind.RMS)
@@ -83,6 +88,29 @@ def test_compiled_communication_is_as_predicted(config, ffn, heads, length, on):
     assert report.copies == ()
     # Small arrays are padded to the tiles in which they lie.
     assert report.planned_bytes <= report.argument_bytes < report.planned_bytes + 16_384
+
+
+@pytest.mark.parametrize(
+    ("config", "ffn", "heads", "length", "quantize"),
+    [
+        (SERIAL, Ffn.WS2D, Heads.BATCH, 1, Quantization.W8A8),
+        (PALM, Ffn.WG_XY, Heads.HEADS, 16, Quantization.INT8),
+        (FALCON, Ffn.WG_XYZ, Heads.BATCH, 1, Quantization.W8A8),
+    ],
+)
+def test_weights_of_int8_are_gathered_as_bytes(config, ffn, heads, length, quantize):
+    phase, on = PhaseLayout(ffn, heads), SLICES["v5e:2x4"]
+    job = Job(config, phase, 64, 128, length, quantize=quantize)
+    report = check(job, on)
+    assert differences(report) == {}
+    assert any(dtype == "s8" for _, _, dtype, _ in report.compiled) is phase.gathers
+    assert report.copies == ()
+    assert report.planned_bytes <= report.argument_bytes < report.planned_bytes + 16_384
+    # What the planner counts, which leaves out biases of norms.
+    share = Share.of(config, phase, on.sizes)
+    counted = weights_bytes(share, Kept(WEIGHTS["int8"]))
+    held = replace(job, batch=0, slots=0)
+    assert argument_bytes(held, on.sizes) == pytest.approx(counted, rel=0.003)
 
 
 def test_a_decode_step_of_540_billion_parameters():

@@ -64,7 +64,7 @@ def test_a_model_after_plan_is_a_search():
 
 def test_the_table_says_that_it_estimates():
     text = run("plan", *SEARCH, "--explain")
-    assert "estimates, within 30%" in text
+    assert "estimates, within 40%" in text
     assert "prefill step" in text and "decode step" in text and "tokens/s └" in text
 
 
