@@ -18,7 +18,7 @@ from jaxserve.pallas_kernels import kernel_set
 from jaxserve.partitioning.devices import use_devices
 from jaxserve.partitioning.layout_file import Layout
 from jaxserve.serving.build import ModelEngine
-from jaxserve.serving.model_files import quantization, run_dtype
+from jaxserve.serving.model_files import kv_rounding, quantization, run_dtype
 from jaxserve.serving.options import EngineOptions
 from jaxserve.serving.placing import program_of, sized
 from jaxserve.serving.sharded import abstract, param_specs
@@ -28,6 +28,7 @@ def engine_ahead(
     model: str | Path,
     dtype: str | None = None,
     quantize: str | None = None,
+    kv_dtype: str | None = None,
     backend: str = "xla",
     options: EngineOptions | None = None,
     layout: Callable[[ModelConfig, str], Layout | None] | None = None,
@@ -46,9 +47,8 @@ def engine_ahead(
     info = inspect(locate(model))
     running = run_dtype(dtype, info.dtype)
     chosen = None if layout is None else layout(info.config, running)
-    program = program_of(
-        info.config, running, kernel_set(backend), chosen, quantization(quantize, info)
-    )
+    rounded, kept = quantization(quantize, info), kv_rounding(kv_dtype)
+    program = program_of(info.config, running, kernel_set(backend), chosen, rounded, kept)
     params = program.model.abstract_params()
     if program.mesh is not None:
         params = abstract(program, params, param_specs(program))

@@ -39,7 +39,7 @@ from jaxserve.serving.build import ModelEngine
 from jaxserve.serving.completion import CompletionBuilder
 from jaxserve.serving.engine import Engine
 from jaxserve.serving.intake import Intake, Prompt
-from jaxserve.serving.model_files import has_tokenizer, quantization, run_dtype
+from jaxserve.serving.model_files import has_tokenizer, kv_rounding, quantization, run_dtype
 from jaxserve.serving.options import EngineOptions
 from jaxserve.serving.placing import placed, places_of, program_of, sized, spread_logits
 from jaxserve.serving.request import Completion, Request, SamplingParams, TokenEvent
@@ -71,6 +71,7 @@ def load(
     attention: str | None = None,
     devices: str | None = None,
     quantize: str | None = None,
+    kv_dtype: str | None = None,
     backend: str = "xla",
     engine: EngineOptions | None = None,
     streaming: StreamingCache | None = None,
@@ -91,6 +92,8 @@ def load(
         devices: "cpu:8" takes eight devices on this processor; before JAX has started.
         quantize: "int8" rounds weights, with a scale per output channel; "w8a8" rounds each row of
             activations too. None keeps them as they are in the checkpoint.
+        kv_dtype: "int8" or "fp8" rounds keys and values when they are kept, with a scale for each
+            token and head; None keeps them as activations are.
         backend: kernels to run: "xla", "tpu" or "reference".
         engine: sizes of the engine that generates: sequences at once, memory for keys and values.
         streaming: keep so much of a sequence and no more, so that it may go on without end; None
@@ -124,7 +127,8 @@ def load(
     )
     # Whatever is refused is refused before gigabytes are read.
     rounded = quantization(quantize, info)
-    program = program_of(config, running, kernel_set(backend), chosen, rounded)
+    kept = kv_rounding(kv_dtype)
+    program = program_of(config, running, kernel_set(backend), chosen, rounded, kept)
     params = load_params(info, program.model, places_of(program), reporter(show))
     return LLM(
         config,

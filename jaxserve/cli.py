@@ -23,8 +23,10 @@ from jaxserve.mesh_cli import (
     AttentionOption,
     BackendOption,
     DevicesOption,
+    KvDtypeOption,
     LayoutOption,
     MeshOption,
+    Numbers,
     PrefillLayoutOption,
     QuantizeOption,
     Sharding,
@@ -109,6 +111,7 @@ def generate(
     dtype: DtypeOption = None,
     backend: BackendOption = "xla",
     quantize: QuantizeOption = None,
+    kv_dtype: KvDtypeOption = None,
     mesh: MeshOption = None,
     layout: LayoutOption = None,
     prefill_layout: PrefillLayoutOption = None,
@@ -156,7 +159,7 @@ def generate(
         raise UsageError(f"--logprobs {logprobs} is shown only with --json; add --json")
     text = _prompt(prompt)
     sharding = Sharding(mesh, layout, prefill_layout, attention)
-    llm = _load(model, dtype, quantize, backend, sharding, devices, quiet)
+    llm = _load(model, Numbers(dtype, quantize, kv_dtype), backend, sharding, devices, quiet)
     stream = llm.stream(text, params)
     if json_output:
         for _ in stream:
@@ -173,6 +176,7 @@ def chat(
     dtype: DtypeOption = None,
     backend: BackendOption = "xla",
     quantize: QuantizeOption = None,
+    kv_dtype: KvDtypeOption = None,
     mesh: MeshOption = None,
     layout: LayoutOption = None,
     prefill_layout: PrefillLayoutOption = None,
@@ -203,7 +207,7 @@ def chat(
         stop=tuple(stop or ()),
     )
     sharding = Sharding(mesh, layout, prefill_layout, attention)
-    llm = _load(model, dtype, quantize, backend, sharding, devices, quiet)
+    llm = _load(model, Numbers(dtype, quantize, kv_dtype), backend, sharding, devices, quiet)
     if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
         raise UsageError(f"--model {model} has no chat template; use jaxserve generate")
     messages: list[dict[str, str]] = []
@@ -229,6 +233,7 @@ def compile_ahead(
     dtype: DtypeOption = None,
     backend: BackendOption = "xla",
     quantize: QuantizeOption = None,
+    kv_dtype: KvDtypeOption = None,
     mesh: MeshOption = None,
     layout: LayoutOption = None,
     prefill_layout: PrefillLayoutOption = None,
@@ -247,7 +252,10 @@ def compile_ahead(
 
     options = _engine_options(max_sequences, max_step_tokens, kv_mib)
     sharding = Sharding(mesh, layout, prefill_layout, attention)
-    runner = engine_ahead(model, dtype, quantize, backend, options, sharding.choose, devices).runner
+    made = engine_ahead(
+        model, dtype, quantize, kv_dtype, backend, options, sharding.choose, devices
+    )
+    runner = made.runner
     began = time.perf_counter()
     progress = reporter(Show.SILENT if quiet else Show.AUTO)
     with progress.task("compiling", runner.num_executables, Unit.ITEMS) as advance:
@@ -269,6 +277,7 @@ def info(
     dtype: DtypeOption = None,
     backend: BackendOption = "xla",
     quantize: QuantizeOption = None,
+    kv_dtype: KvDtypeOption = None,
     mesh: MeshOption = None,
     layout: LayoutOption = None,
     prefill_layout: PrefillLayoutOption = None,
@@ -289,7 +298,9 @@ def info(
 
         options = _engine_options(max_sequences, max_step_tokens, kv_mib)
         sharding = Sharding(mesh, layout, prefill_layout, attention)
-        made = engine_ahead(model, dtype, quantize, backend, options, sharding.choose, devices)
+        made = engine_ahead(
+            model, dtype, quantize, kv_dtype, backend, options, sharding.choose, devices
+        )
         _print_memory(made.runner, options, json_output)
         return
     facts = describe(inspect(locate(model)))
@@ -362,8 +373,7 @@ def _print_memory(runner: ModelRunner, options: EngineOptions, as_json: bool) ->
 
 def _load(
     model: str,
-    dtype: str | None,
-    quantize: str | None,
+    numbers: Numbers,
     backend: str,
     sharding: Sharding,
     devices: str | None,
@@ -373,15 +383,17 @@ def _load(
 
     from jaxserve.api import load
 
-    return load(
+    llm = load(
         model,
-        dtype=dtype,
-        quantize=quantize,
         backend=backend,
         devices=devices,
         show="silent" if quiet else "auto",
+        **asdict(numbers),
         **asdict(sharding),
     )
+    if not quiet:
+        typer.echo(llm.program.summary, err=True)
+    return llm
 
 
 def _prompt(argument: str | None) -> str:

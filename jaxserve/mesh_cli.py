@@ -15,6 +15,9 @@ BackendOption = Annotated[str, typer.Option(help="kernels: xla, tpu or reference
 QuantizeOption = Annotated[
     str | None, typer.Option(help="int8: round weights; w8a8: activations too")
 ]
+KvDtypeOption = Annotated[
+    str | None, typer.Option("--kv-dtype", help="int8 or fp8: round keys and values")
+]
 MeshOption = Annotated[
     str | None, typer.Option(help="devices along x, y and z, as 2,2,2; by default one device")
 ]
@@ -32,6 +35,15 @@ AttentionOption = Annotated[
 DevicesOption = Annotated[
     str | None, typer.Option(help="cpu:8 takes eight devices on this processor")
 ]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a person says of the numbers that a model runs in; see `api.load`."""
+
+    dtype: str | None = None
+    quantize: str | None = None
+    kv_dtype: str | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from jaxserve.mesh_cli import (
     AttentionOption,
     BackendOption,
     DevicesOption,
+    KvDtypeOption,
     LayoutOption,
     MeshOption,
     PrefillLayoutOption,
@@ -75,6 +76,7 @@ def serve(
     ] = None,
     backend: BackendOption = "xla",
     quantize: QuantizeOption = None,
+    kv_dtype: KvDtypeOption = None,
     mesh: MeshOption = None,
     layout: LayoutOption = None,
     prefill_layout: PrefillLayoutOption = None,
@@ -179,6 +181,7 @@ def serve(
         options.log_json,
         devices=devices,
         quantize=quantize,
+        kv_dtype=kv_dtype,
         group=group,
     )
     sharding = Sharding(mesh, layout, prefill_layout, attention)
@@ -221,13 +224,14 @@ async def _run(
     """Returns the exit status of the server."""
     import msgspec
 
-    from jaxserve.serving.model_files import ModelFiles, quantization
+    from jaxserve.serving.model_files import ModelFiles, kv_rounding, quantization
     from jaxserve.serving.supervisor import RemoteService
 
     files = ModelFiles.find(launch.model, launch.dtype)
     layout = sharding.choose(files.info.config, files.dtype)
     # Refused before a process is started.
     quantization(launch.quantize, files.info)
+    kv_rounding(launch.kv_dtype)
     launch = msgspec.structs.replace(launch, layout=layout)
     if launch.group is not None and not launch.group.leads:
         from jaxserve.serving.multihost.member import Member

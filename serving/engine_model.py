@@ -27,7 +27,7 @@ from jaxserve.progress import Show, reporter
 from jaxserve.serving.build import ModelEngine
 from jaxserve.serving.engine_process import Follows, Made
 from jaxserve.serving.memory_plan import device_memory, memory_plan
-from jaxserve.serving.model_files import ModelFiles, quantization
+from jaxserve.serving.model_files import ModelFiles, kv_rounding, quantization
 from jaxserve.serving.multihost.follower import Follower
 from jaxserve.serving.multihost.identity import identity_of
 from jaxserve.serving.multihost.join import check_mesh, join, start_jax
@@ -72,7 +72,9 @@ def _build(
     phase("weights")
     kernels = kernel_set(start.backend)
     rounded = quantization(start.quantize, files.info)
-    program = program_of(files.info.config, files.dtype, kernels, start.layout, rounded)
+    kept = kv_rounding(start.kv_dtype)
+    program = program_of(files.info.config, files.dtype, kernels, start.layout, rounded, kept)
+    rounded = program.model.declare.quantize
     params = load_params(files.info, program.model, places_of(program), reporter(Show.SILENT))
     phase("compile")
     options = sized(start.options, start.layout)
@@ -110,6 +112,7 @@ def _info(
         "layout": "one device" if start.layout is None else str(start.layout),
         "dtype": dtype,
         "quantize": rounded,
+        "kv_dtype": start.kv_dtype,
         "kernels": start.backend,
         "numbers": made.runner.program.summary,
         "capacity": {

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh
 
-from jaxserve.config import ModelConfig
+from jaxserve.config import ModelConfig, Quantization
 from jaxserve.errors import UsageError
 from jaxserve.layers.cache import DenseCache, NoCache
 from jaxserve.layers.decoder import Model, Params, forward
@@ -66,6 +66,18 @@ class Program:
             for layer in config.layers
         )
         return replace(config, layers=tuple(layers))
+
+    @property
+    def summary(self) -> str:
+        """Returns kernels and types of numbers, for people."""
+        declare = self.model.declare
+        parts = [f"kernels {self.kernels.backend}", declare.dtype]
+        if declare.quantize is not None:
+            activations = " and activations" if declare.quantize is Quantization.W8A8 else ""
+            parts.append(f"weights{activations} int8")
+        if declare.kv_dtype is not None:
+            parts.append(f"keys and values {declare.kv_dtype}")
+        return ", ".join(parts)
 
     @property
     def token_multiple(self) -> int:

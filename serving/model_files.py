@@ -14,7 +14,7 @@ from typing import Self
 from jaxserve.checkpoint import inspect
 from jaxserve.checkpoint.info import CheckpointInfo
 from jaxserve.checkpoint.locate import locate
-from jaxserve.config import Quantization
+from jaxserve.config import KvDtype, Quantization
 from jaxserve.errors import UsageError
 from jaxserve.serving.intake import Intake
 from jaxserve.serving.service import ModelCard
@@ -99,6 +99,15 @@ def quantization(asked: str | None, info: CheckpointInfo) -> Quantization | None
     if chosen not in list(Quantization):
         raise UsageError(f"quantize={chosen!r} is not supported; use {' or '.join(Quantization)}")
     return Quantization(chosen)
+
+
+def kv_rounding(asked: str | None) -> KvDtype | None:
+    """Returns the type that keys and values are rounded to; None keeps that of activations.
+
+    Raises:
+        UsageError: there is no such choice.
+    """
+    return None if asked is None else KvDtype.named(asked)
 
 
 def run_dtype(asked: str | None, stored: str) -> str:

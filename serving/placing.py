@@ -6,6 +6,7 @@ params = load_params(info, program.model, places_of(program))
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,11 +18,12 @@ import jax.numpy as jnp
 import msgspec
 from jax import Array
 
-from jaxserve.config import ModelConfig, Quantization
+from jaxserve.config import KvDtype, ModelConfig, Quantization
 from jaxserve.errors import UsageError
 from jaxserve.layers.decoder import Model, Params
 from jaxserve.layers.param import Declare, Parameter, named_parameters, padded, tree_of
-from jaxserve.pallas_kernels import KernelSet
+from jaxserve.pallas_kernels import KernelSet, int8_matmul
+from jaxserve.pallas_kernels.tuning import current_chip
 from jaxserve.partitioning.collectives import LocalComm
 from jaxserve.partitioning.layout_file import Layout
 from jaxserve.partitioning.mesh import Sharding, make_mesh, places
@@ -30,6 +32,8 @@ from jaxserve.serving.options import EngineOptions
 from jaxserve.serving.sharded import EVERYWHERE, param_specs, spread
 from jaxserve.serving.views import leaves_of, single, stored
 
+_log = logging.getLogger(__name__)
+
 
 def program_of(
     config: ModelConfig,
@@ -37,6 +41,7 @@ def program_of(
     kernels: KernelSet,
     layout: Layout | None = None,
     quantize: Quantization | None = None,
+    kv_dtype: KvDtype | None = None,
 ) -> Program:
     """Returns the program of a model.
 
@@ -45,7 +50,9 @@ def program_of(
             accelerators layers that repeat lie in one array, so that however deep a model is, one
             of them is compiled. A mesh adds its padding.
         layout: None, or one of a single device, takes one device.
-        quantize: what is rounded, where `declare` is a dtype.
+        quantize: what is rounded, where `declare` is a dtype; a chip that cannot multiply rounded
+            activations rounds weights alone, and a warning says so.
+        kv_dtype: type of keys and values, where `declare` is a dtype; None keeps that dtype.
 
     Raises:
         UsageError: there are too few devices, or the weights are fused for one.
@@ -56,7 +63,9 @@ def program_of(
         repeats = padding is not None and config.num_layers > len(config.pattern)
         stack = repeats and platform != "cpu"  # there a loop copies each layer's weights
         best = Declare.best(platform, declare)
-        declare = replace(best, stack=stack, padding=padding, quantize=quantize)
+        declare = replace(
+            best, stack=stack, padding=padding, quantize=_runnable(quantize), kv_dtype=kv_dtype
+        )
     if layout is None or _one_device(layout):
         return Program(Model(config, declare), LocalComm(), kernels)
     if declare.fuse and declare.padding is None:
@@ -66,6 +75,17 @@ def program_of(
         )
     model = Model(config, replace(declare, padding=layout.padding))
     return Program.on(model, kernels, make_mesh(layout.mesh), layout.prefill, layout.decode)
+
+
+def _runnable(asked: Quantization | None) -> Quantization | None:
+    """Returns what the device can round of what was asked for."""
+    chip = current_chip()
+    if asked is not Quantization.W8A8 or chip is None:
+        return asked
+    choice = int8_matmul.choose(int8_matmul.Mode.W8A8, chip)
+    if choice.reason is not None:
+        _log.warning("%s", choice.reason)
+    return asked if choice.mode is int8_matmul.Mode.W8A8 else Quantization.INT8
 
 
 def sized(options: EngineOptions, layout: Layout | None) -> EngineOptions:

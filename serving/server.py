@@ -177,6 +177,8 @@ class Server:
             f"{name} {address}" if name in ("grpc", "admin") else address
             for name, address in self.addresses.items()
         ]
+        if numbers := info.get("numbers"):
+            parts.append(numbers)
         if memory := info.get("memory"):
             parts.append(_memory(memory, info.get("capacity", {})))
         if phases := info.get("startup_seconds"):

@@ -47,6 +47,7 @@ class Start(msgspec.Struct, frozen=True, tag=True):
         layout: what lies where on a mesh; None takes one device.
         devices: as `use_devices` takes them.
         quantize: as `model_files.quantization` takes it.
+        kv_dtype: as `model_files.kv_rounding` takes it.
         group: the processes that serve the model together, and which of them this is.
     """
 
@@ -59,6 +60,7 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     layout: Layout | None = None
     devices: str | None = None
     quantize: str | None = None
+    kv_dtype: str | None = None
     group: Group | None = None
 
 

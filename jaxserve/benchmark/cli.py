@@ -13,6 +13,7 @@ from jaxserve.errors import JaxserveError, UsageError
 from jaxserve.mesh_cli import (
     AttentionOption,
     DevicesOption,
+    KvDtypeOption,
     LayoutOption,
     MeshOption,
     PrefillLayoutOption,
@@ -63,6 +64,7 @@ def throughput(
         str | None, typer.Option(help="bfloat16 or float32; by default as the checkpoint")
     ] = None,
     quantize: QuantizeOption = None,
+    kv_dtype: KvDtypeOption = None,
     mesh: MeshOption = None,
     layout: LayoutOption = None,
     prefill_layout: PrefillLayoutOption = None,
@@ -113,6 +115,7 @@ def throughput(
         model=model,
         dtype=dtype,
         quantize=quantize,
+        kv_dtype=kv_dtype,
         requests=requests,
         rate=rate,
         seed=seed,

@@ -30,7 +30,7 @@ class Job:
     """What to run.
 
     Attributes:
-        model: as `jaxserve.load` takes it; so are `dtype` and `quantize`.
+        model: as `jaxserve.load` takes it; so are `dtype`, `quantize` and `kv_dtype`.
         requests, rate, seed, scale: of the trace; see `TraceSpec`.
         slo: limits of a good request.
         engine: fields of `EngineOptions` that differ from its defaults.
@@ -41,6 +41,7 @@ class Job:
     model: str = "tiny"
     dtype: str | None = None
     quantize: str | None = None
+    kv_dtype: str | None = None
     requests: int = 200
     rate: float | None = None
     seed: int = 0
@@ -78,6 +79,7 @@ def measure(job: Job) -> Result:
         job.model,
         dtype=job.dtype,
         quantize=job.quantize,
+        kv_dtype=job.kv_dtype,
         engine=options,
         show=show,
         **job.sharding,
