@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from jaxserve.config import AttentionSpec, KvDtype, cache_spec
 from jaxserve.errors import UsageError
 from jaxserve.pallas_kernels import BACKENDS, kernel_set
