@@ -87,5 +87,5 @@ def temporary_bytes(executables: Iterable[Any]) -> int:
 
 def device_memory(device: Any = None) -> int | None:
     """Returns the bytes that programs may use on a device; None on CPU, which does not say."""
-    stats = (device or jax.devices()[0]).memory_stats()
+    stats = (device or jax.local_devices()[0]).memory_stats()
     return None if stats is None else stats.get("bytes_limit")
