@@ -27,7 +27,7 @@ from jaxserve.layers.step import Step
 from jaxserve.pallas_kernels import KernelSet
 from jaxserve.partitioning.collectives import Comm, MeshComm
 from jaxserve.partitioning.layout import PhaseLayout
-from jaxserve.serving.sampler import Sampled, Sampling, sample
+from jaxserve.serving.sampler import Processor, Sampled, Sampling, processed, sample
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,14 @@ class Progress:
         tokens: int32[B], last token of each row.
         positions: int32[B], position of that token.
         sampling: parameters and state of the sampler.
+        seen: int32[B, slots], all tokens so far, for a processor; or None.
     """
 
     cache: DenseCache
     tokens: Array
     positions: Array
     sampling: Sampling
+    seen: Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -202,12 +204,18 @@ def decode_step(
 
 
 def start(
-    program: Program, params: Params, prompts: Prompts, sampling: Sampling, slots: int
+    program: Program,
+    params: Params,
+    prompts: Prompts,
+    sampling: Sampling,
+    slots: int,
+    processor: Processor | None = None,
 ) -> tuple[Sampled, Progress]:
     """Returns (the first token of each row, the batch to go on with).
 
     Args:
         slots: room of the cache, in tokens a row; at least L.
+        processor: changes the logits that tokens are chosen by; see `sampler.Processor`.
     """
     batch, length = prompts.tokens.shape
     if slots < length:
@@ -217,18 +225,36 @@ def start(
         model.config, batch, slots, model.declare, program.comm, program.kernels
     )
     scores, cache = prefill(program, params, prompts, cache)
-    sampled, sampling = sample(scores, prompts.lengths, sampling)
-    return sampled, Progress(cache, sampled.tokens, prompts.lengths, sampling)
+    if processor is None:
+        sampled, sampling = sample(scores, prompts.lengths, sampling)
+        return sampled, Progress(cache, sampled.tokens, prompts.lengths, sampling)
+    seen = jnp.pad(prompts.tokens, ((0, 0), (0, slots - length)))
+    chosen_by = processed(processor, scores, seen, prompts.lengths)
+    sampled, sampling = sample(scores, prompts.lengths, sampling, chosen_by)
+    seen = _written(seen, prompts.lengths, sampled.tokens)
+    return sampled, Progress(cache, sampled.tokens, prompts.lengths, sampling, seen)
 
 
-def advance(program: Program, params: Params, progress: Progress) -> tuple[Sampled, Progress]:
+def _written(seen: Array, positions: Array, tokens: Array) -> Array:
+    """Returns seen[B, slots] with tokens[B] at positions[B]."""
+    return seen.at[jnp.arange(tokens.shape[0]), positions].set(tokens, mode="drop")
+
+
+def advance(
+    program: Program, params: Params, progress: Progress, processor: Processor | None = None
+) -> tuple[Sampled, Progress]:
     """Returns (the next token of each row, the batch to go on with)."""
     scores, cache = decode_step(
         program, params, progress.tokens, progress.positions, progress.cache
     )
-    positions = progress.positions + 1
-    sampled, sampling = sample(scores, positions, progress.sampling)
-    return sampled, Progress(cache, sampled.tokens, positions, sampling)
+    positions, seen, chosen_by = progress.positions + 1, progress.seen, None
+    if processor is not None:
+        assert seen is not None, "start was called without the processor"
+        chosen_by = processed(processor, scores, seen, positions)
+    sampled, sampling = sample(scores, positions, progress.sampling, chosen_by)
+    if seen is not None:
+        seen = _written(seen, positions, sampled.tokens)
+    return sampled, Progress(cache, sampled.tokens, positions, sampling, seen)
 
 
 def generate(
@@ -238,6 +264,7 @@ def generate(
     sampling: Sampling,
     slots: int,
     max_tokens: int,
+    processor: Processor | None = None,
 ) -> Generated:
     """Returns up to `max_tokens` tokens a row in one loop on the device.
 
@@ -245,6 +272,7 @@ def generate(
 
     Args:
         slots: at least L + max_tokens.
+        processor: changes the logits that tokens are chosen by; see `sampler.Processor`.
     """
     batch, length = prompts.tokens.shape
     if slots < length + max_tokens:
@@ -252,7 +280,7 @@ def generate(
             f"slots={slots} cannot hold prompts of {length} tokens and max_tokens={max_tokens}; "
             f"use at least {length + max_tokens}"
         )
-    sampled, progress = start(program, params, prompts, sampling, slots)
+    sampled, progress = start(program, params, prompts, sampling, slots, processor)
     tokens = jnp.full((batch, max_tokens), -1, jnp.int32).at[:, 0].set(sampled.tokens)
     scores = None
     if sampled.logprobs is not None:
@@ -265,7 +293,7 @@ def generate(
 
     def body(carry: Carry) -> Carry:
         index, done, progress, result = carry
-        sampled, progress = advance(program, params, progress)
+        sampled, progress = advance(program, params, progress, processor)
         column = jnp.where(done, -1, sampled.tokens)[:, None]
         logprobs = result.logprobs
         if logprobs is not None:

@@ -30,6 +30,7 @@ from jaxserve.serving.generation import Program
 from jaxserve.serving.kv_cache import CacheGeometry, copy_pages, create_pool, padded_copies
 from jaxserve.serving.program_store import ProgramStore
 from jaxserve.serving.request import Request, TokenLogprob
+from jaxserve.serving.sampler import Processor
 from jaxserve.serving.scheduler import Admission, RowKind, StepPlan
 from jaxserve.serving.sharded import (
     BY_DEVICE,
@@ -155,6 +156,14 @@ class Ticket:
         return False
 
 
+@dataclass(frozen=True)
+class Processed:
+    """Names a step whose tokens are chosen by what a processor makes of the logits."""
+
+    shape: StepShape
+    processor: Processor
+
+
 class CompiledLateError(JaxserveError):
     """A step had to be compiled although serving was ready."""
 
@@ -188,6 +197,7 @@ class ModelRunner:
         self.ladder = ladder
         self.num_slots = num_slots
         self.compiles_after_ready = 0
+        self.processor: Processor | None = None
         self._history_tokens = history_tokens
         self._report = report
         self._strict = strict
@@ -208,6 +218,19 @@ class ModelRunner:
         self._tables = [np.zeros((rows, width), np.int32) for width in self.geometry.widths]
         self._needs: Any = np.zeros(rows, np.int32)
         self._prompts: dict[int, tuple[int, ...]] = {}
+
+    def process_by(self, processor: Processor | None) -> None:
+        """Chooses tokens by a processor from the next plan on; no sequence may have a slot.
+
+        Steps compiled for another processor are let go of.
+        """
+        if processor is not None:
+            self._executables = {
+                key: program
+                for key, program in self._executables.items()
+                if not isinstance(key, Processed) or key.processor is processor
+            }
+        self.processor = processor
 
     def _empty(self) -> tuple[Any, SlotState]:
         """Returns an empty pool and empty slots."""
@@ -241,7 +264,8 @@ class ModelRunner:
             following = [self._following(plan, row) for row in range(len(plan.slots))]
             last = [tokens[-1] if tokens else 0 for tokens in following]
         shape, packed, places = self._packed(plan, wanted, last)
-        step = self._executable(shape)
+        by = self.processor
+        step = self._executable(shape if by is None else Processed(shape, by))
         output, *after = step(self.params, *self._arrays, packed)
         self._arrays = after[0], after[1]
         output.tokens.copy_to_host_async()
@@ -394,7 +418,7 @@ class ModelRunner:
             self._prompts.pop(slot, None)
             if request.params.prompt_logprobs is not None:
                 self._prompts[slot] = request.prompt
-            if self._needs[slot] & Needs.ADJUST:
+            if self._needs[slot] & Needs.ADJUST or self.processor is not None:
                 self._admit_vocabulary(slot, request, admission.tokens)
 
     def _admit_vocabulary(self, slot: int, request: Request, tokens: Sequence[int]) -> None:
@@ -433,15 +457,18 @@ class ModelRunner:
         if self._report is not None:
             self._report(_label(key), time.perf_counter() - began)
 
-    def _step(self, shape: StepShape) -> tuple[Any, tuple[Any, ...]]:
+    def _step(
+        self, shape: StepShape, processor: Processor | None = None
+    ) -> tuple[Any, tuple[Any, ...]]:
         """Returns the function of a step and the shapes of its arguments."""
         program = self.program
         size = program.comm.num_shards * shape.size(self.geometry.widths)
         packed = jax.ShapeDtypeStruct((size,), np.int32)
 
         def step(params: Params, pages: Any, state: SlotState, packed: Any) -> Any:
+            held = own(program, pages)
             output, pages, state = serving_step(
-                program, shape, self.geometry, params, own(program, pages), state, packed
+                program, shape, self.geometry, params, held, state, packed, processor
             )
             return output, shown(program, pages), state
 
@@ -460,6 +487,9 @@ class ModelRunner:
         program = self.program
         pages, state = self._shapes
         pages, state = abstract(program, pages, BY_DEVICE), abstract(program, state)
+        if isinstance(key, Processed):
+            step, arguments = self._step(key.shape, key.processor)
+            return jax.jit(step, donate_argnums=(1, 2)).lower(*arguments)
         if isinstance(key, StepShape):
             step, arguments = self._step(key)
             if (store := self._traced) is not None:
@@ -534,6 +564,8 @@ def _label(key: Any) -> str:
     match key:
         case StepShape():
             return f"step: {key}"
+        case Processed():
+            return f"step with a processor: {key.shape}"
         case "admit" | "vocabulary":
             return f"upload of sampling parameters ({key})"
         case _:

@@ -9,7 +9,7 @@ top-p, draw. A row's token depends on its own logits, parameters, seed and posit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -18,8 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jaxserve.errors import UsageError
 from jaxserve.layers.sums import row_max, row_sum
 from jaxserve.serving.request import GREEDY_BELOW, SamplingParams
+
+Processor = Callable[[Array, Array], Array]
+"""Function of logits float32[B, V] and the tokens before them int32[B, C], -1 past their end, row
+by row; it gives the logits that tokens are chosen by. C may be any number from their length on."""
 
 
 @jax.tree_util.register_dataclass
@@ -137,14 +142,18 @@ class Sampled:
 
 
 @jax.named_scope("sample")
-def sample(logits: Array, positions: Array, sampling: Sampling) -> tuple[Sampled, Sampling]:
+def sample(
+    logits: Array, positions: Array, sampling: Sampling, chosen_by: Array | None = None
+) -> tuple[Sampled, Sampling]:
     """Returns (tokens, state after them).
 
     Args:
         logits: float32[B, V].
         positions: int32[B], position in its sequence of the token to be drawn.
+        chosen_by: float32[B, V], what a processor made of the logits.
     """
-    tokens = choose(adjusted(logits, sampling), positions, sampling).astype(jnp.int32)
+    chosen_by = logits if chosen_by is None else chosen_by
+    tokens = choose(adjusted(chosen_by, sampling), positions, sampling).astype(jnp.int32)
     is_stop = jnp.any(sampling.stop_ids == tokens[:, None], axis=1)
     stopped = is_stop & (sampling.generated >= sampling.min_tokens)
     after = replace(
@@ -153,6 +162,34 @@ def sample(logits: Array, positions: Array, sampling: Sampling) -> tuple[Sampled
         penalties=_counted(sampling.penalties, tokens),
     )
     return reported(logits, tokens, stopped, sampling.num_logprobs), after
+
+
+def processed(processor: Processor, logits: Array, tokens: Array, lengths: Array) -> Array:
+    """Returns float32[B, V], what a processor makes of logits.
+
+    Args:
+        tokens: int32[B, C], those before the one to be drawn at indices below lengths int32[B].
+    """
+    column = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    seen = jnp.where(column < lengths[:, None], tokens, -1)
+    return jnp.asarray(processor(logits, seen), jnp.float32)
+
+
+def check_processor(processor: Processor, vocab_size: int) -> None:
+    """Checks a processor, before it is compiled into anything.
+
+    Raises:
+        UsageError: it is no function, or gives no logits.
+    """
+    if not callable(processor):
+        raise UsageError(f"processor={processor!r:.80} is no function of logits and tokens")
+    logits = jax.ShapeDtypeStruct((2, vocab_size), jnp.float32)
+    found = jax.eval_shape(processor, logits, jax.ShapeDtypeStruct((2, 4), jnp.int32))
+    if getattr(found, "shape", None) != logits.shape:
+        raise UsageError(
+            f"the processor makes {found} of logits float32[2, {vocab_size}]; give back logits of "
+            "that shape"
+        )
 
 
 def adjusted(logits: Array, sampling: Sampling) -> Array:

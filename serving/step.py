@@ -23,7 +23,7 @@ from jaxserve.serving.batch import Batch, StepShape, positions_of, unpack
 from jaxserve.serving.generation import Program
 from jaxserve.serving.kv_cache import CacheGeometry, PagedCache, Pages
 from jaxserve.serving.request import MAX_LOGPROBS
-from jaxserve.serving.sampler import logprobs
+from jaxserve.serving.sampler import Processor, logprobs, processed
 from jaxserve.serving.scheduler import RowKind
 from jaxserve.serving.slot_sampler import sample_slots
 from jaxserve.serving.slot_state import Column, Needs, SlotState
@@ -59,8 +59,12 @@ def serving_step(
     pages: list[Pages],
     state: SlotState,
     packed: Array,
+    processor: Processor | None = None,
 ) -> tuple[StepOutput, list[Pages], SlotState]:
-    """Returns (results, pages, state) of one step; see `batch.pack` for `packed`."""
+    """Returns (results, pages, state) of one step; see `batch.pack` for `packed`.
+
+    A processor changes the logits that the tokens of all rows are chosen by.
+    """
     program = program.of(shape.decode_only)
     comm = program.comm
     batch = unpack(packed, shape, geometry.widths)
@@ -95,7 +99,10 @@ def serving_step(
     mine = partial(comm.tokens, stage=Stage.SAMPLED)
     with jax.named_scope("sample"):
         spread = [mine(comm.spread_rows(x)) for x in (kv_len, batch.slots)]
-        drawn = sample_slots(output.logits, spread[0], state, spread[1], batch.needs)
+        logits = output.logits
+        if processor is not None:
+            logits = processed(processor, logits, state.history[spread[1]], spread[0])
+        drawn = sample_slots(logits, spread[0], state, spread[1], batch.needs)
     scores = _logprobs(output.logits, drawn, batch.needs)
     drawn, *scores = (comm.gather_rows(x)[: batch.slots.shape[0]] for x in (drawn, *scores))
     result = StepOutput(
