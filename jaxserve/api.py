@@ -10,14 +10,13 @@ for piece in llm.stream("import ", max_tokens=32, temperature=0):
 
 from __future__ import annotations
 
-import sys
-import time
-from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import msgspec
 import numpy as np
 from jax import Array
@@ -26,28 +25,46 @@ from jaxserve.checkpoint import GenerationDefaults, inspect, load_params
 from jaxserve.checkpoint.locate import locate
 from jaxserve.compile_cache import enable as enable_compile_cache
 from jaxserve.config import ModelConfig, StreamingCache
-from jaxserve.errors import QueueFullError, UsageError
+from jaxserve.errors import ContextLengthError, UsageError
 from jaxserve.layers.decoder import Params
 from jaxserve.layers.param import Declare
+from jaxserve.layers.tap import Edit
+from jaxserve.notebook.activations import Activations, check_size
+from jaxserve.notebook.attention import AttentionView
+from jaxserve.notebook.card import Card, card_of
+from jaxserve.notebook.requests import Batch, TextStream, is_single
+from jaxserve.notebook.tokens import Score, TokenView, pieces_of
 from jaxserve.pallas_kernels import kernel_set
-from jaxserve.partitioning.devices import use_devices
+from jaxserve.partitioning.devices import unused_accelerator, use_devices
 from jaxserve.partitioning.layout_file import Layout, choose
 from jaxserve.partitioning.picture import LayoutView
 from jaxserve.partitioning.plan import MeshPlan
-from jaxserve.progress import Show, Unit, reporter
+from jaxserve.progress import CompileLog, Show, Unit, reporter
 from jaxserve.serving.build import ModelEngine
-from jaxserve.serving.completion import CompletionBuilder
 from jaxserve.serving.engine import Engine
+from jaxserve.serving.inside import Look, inside
 from jaxserve.serving.intake import Intake, Prompt
 from jaxserve.serving.model_files import has_tokenizer, kv_rounding, quantization, run_dtype
 from jaxserve.serving.options import EngineOptions
-from jaxserve.serving.placing import placed, places_of, program_of, sized, spread_logits
-from jaxserve.serving.request import Completion, Request, SamplingParams, TokenEvent
+from jaxserve.serving.placing import (
+    check_views,
+    declared,
+    placed,
+    places_of,
+    program_of,
+    sized,
+    spread_logits,
+)
+from jaxserve.serving.request import Completion, Request, SamplingParams
 from jaxserve.serving.runner import CompileReport, ModelRunner
-from jaxserve.serving.views import views
+from jaxserve.serving.sampler import Processor, check_processor
+from jaxserve.serving.views import Views, views
 from jaxserve.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
+
+MAX_CAPTURED_BYTES = 1 << 30
+"""Of one `run`, unless it says another limit."""
 
 _NEUTRAL_FOR_BEAMS = {
     "temperature": 0.0,
@@ -109,6 +126,8 @@ def load(
     """
     if devices is not None:
         use_devices(devices)
+    if (unused := unused_accelerator()) is not None:
+        warnings.warn(unused, stacklevel=2)
     enable_compile_cache()
     show = Show(show)
     path = locate(model)
@@ -139,7 +158,7 @@ def load(
         backend=backend,
         engine=engine,
         defaults=info.generation,
-        on_compile=None if show is Show.SILENT else _print_compiled,
+        on_compile=None if show is Show.SILENT else CompileLog(),
     )
 
 
@@ -150,7 +169,7 @@ class LLM:
         config: the architecture.
         params: weights in the tree of `Model(config, declare).abstract_params()`.
         tokenizer: None leaves token ids as the only way in and out.
-        declare: how `params` are stored.
+        declare: how `params` are stored; None finds out, for weights that are not rounded.
         layout: what lies where on a mesh; params may lie elsewhere, and lack its padding.
         backend: kernels to run.
         engine: sizes of the engine that generates.
@@ -178,7 +197,7 @@ class LLM:
         defaults: GenerationDefaults | None = None,
         on_compile: CompileReport | None = None,
     ) -> None:
-        declare = Declare() if declare is None else declare
+        declare = declared(config, params) if declare is None else declare
         if layout is not None:
             layout.check(config, declare.dtype)
         program = program_of(config, declare, kernel_set(backend), layout)
@@ -195,10 +214,11 @@ class LLM:
         self._made: ModelEngine | None = None
         self._num_requests = 0
         self._logits = jax.jit(spread_logits(program))
+        self._looks: dict[Any, Look] = {}
 
     @property
-    def params(self) -> Params:
-        """Returns the weights as a tree of arrays.
+    def params(self) -> Views:
+        """Returns the weights as a tree of arrays, whose text shows names and shapes alone.
 
         On one device it is what is stored. A mesh interleaves weights and may keep layers together;
         here each has its own, cut out when it is asked for.
@@ -247,7 +267,7 @@ class LLM:
         """Takes other weights of the same architecture; nothing is compiled again.
 
         Raises:
-            UsageError: their tree or shapes differ, or requests are under way.
+            UsageError: their tree, shapes, dtypes or devices differ, or requests are under way.
         """
         params = placed(self.program, params)
         if self._made is not None:
@@ -258,6 +278,8 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        processor: Processor | None = None,
         **fields: Any,
     ) -> Any:
         """Returns the completion of a prompt, or a list of them for a list of prompts.
@@ -267,6 +289,10 @@ class LLM:
 
         Args:
             sampling: one for all prompts, or one per prompt; or its fields as keywords.
+            processor: function in JAX of logits float32[R, V] and the tokens before them int32[R,
+                C], -1 past their end, each row by itself; tokens are chosen by the logits that it
+                gives. It is compiled into the steps, once for each function. Log-probabilities
+                are those of the model.
 
         Raises:
             UsageError: a parameter is unknown or out of range, or a prompt is empty.
@@ -278,13 +304,19 @@ class LLM:
         many: list[Any] = [prompts] if single else list(prompts)
         params = _per_prompt(sampling, fields, len(many))
         requests = [self._request(p, s) for p, s in zip(many, params, strict=True)]
+        self._process_by(processor)
         results: list[Any] = []
-        for done in _Batch(self, requests).run():
+        for done in Batch(self.engine, self.tokenizer, requests).run():
             results.append(done[0] if len(done) == 1 else done)
         return results[0] if single else results
 
     def stream(
-        self, prompt: Prompt, sampling: SamplingParams | None = None, **fields: Any
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        processor: Processor | None = None,
+        **fields: Any,
     ) -> TextStream:
         """Returns an iterator over the pieces of one completion as they are generated.
 
@@ -296,7 +328,8 @@ class LLM:
         (params,) = _per_prompt(sampling, fields, 1)
         if params.n != 1:
             raise UsageError(f"n={params.n} cannot be streamed; use n=1 or generate")
-        return TextStream(self, self._request(prompt, params))
+        request = self._request(prompt, params)
+        return TextStream(self.engine, self.tokenizer, request, lambda: self._process_by(processor))
 
     def beam_search(
         self,
@@ -332,7 +365,8 @@ class LLM:
         request = self._request(
             prompt, params, beam_width=width, length_penalty=float(length_penalty)
         )
-        (done,) = _Batch(self, [request]).run()
+        self._process_by(None)
+        (done,) = Batch(self.engine, self.tokenizer, [request]).run()
         return done
 
     def chat(
@@ -357,21 +391,189 @@ class LLM:
         """Returns an iterator over the pieces of the assistant's answer."""
         return self.stream(self.intake.chat(messages), sampling, **fields)
 
-    def logits(self, token_ids: Any) -> Array:
-        """Returns float32[..., T, V], the scores after each of the tokens int[..., T]."""
+    def score(self, texts: Prompt | Sequence[Prompt]) -> Any:
+        """Returns the `Score` of a text, or of token ids; a list of them for a list.
+
+        Each token but the first has its log-probability after those before it, as the engine gives
+        it for `prompt_logprobs`; a text may be one token shorter than the context.
+        """
+        single = is_single(texts)
+        many: list[Any] = [texts] if single else list(texts)
+        ids = [self.intake.encode(text) for text in many]
+        neutral = _NEUTRAL_FOR_BEAMS | {"logprobs": None, "min_tokens": 0}
+        params = SamplingParams(**neutral, max_tokens=1, prompt_logprobs=3)
+        done = [] if not ids else self.generate(ids, params)
+        scores = [self._score(*pair) for pair in zip(ids, done, strict=True)]
+        return scores[0] if single else scores
+
+    def _score(self, ids: Sequence[int], done: Completion) -> Score:
+        assert done.prompt_logprobs is not None
+        entries = done.prompt_logprobs
+        logprobs = tuple(None if entry is None else entry.logprob for entry in entries)
+        tops = [() if entry is None else entry.top for entry in entries]
+        return Score(tuple(ids), logprobs, TokenView.of(self.tokenizer, ids, logprobs, tops))
+
+    def logits(
+        self, tokens: Any = None, *, params: Params | None = None, embeddings: Array | None = None
+    ) -> Array:
+        """Returns float32[..., T, V], the scores after each of the tokens int[..., T].
+
+        It can be differentiated by `params` and by `embeddings`, and runs under `jit` and `vmap`.
+
+        Args:
+            tokens: token ids, or text.
+            params: in the tree of `llm.params`, in the place of these.
+            embeddings: [..., T, width], in the place of what the embedding has for the tokens; see
+                `run(tokens, "input")`.
+        """
+        if (tokens is None) == (embeddings is None):
+            raise UsageError("logits takes tokens or embeddings, one of them")
+        if embeddings is not None:
+            wide = self.config.table_dim or self.config.embed_dim
+            if embeddings.ndim < 2 or embeddings.shape[-1] != wide:
+                raise UsageError(
+                    f"embeddings have shape {embeddings.shape}, expected [..., tokens, {wide}]"
+                )
+            rows = jnp.zeros(embeddings.shape[:-1], jnp.int32)
+        else:
+            rows = self._tokens(tokens)
+        if params is None and embeddings is None:
+            flat = rows.reshape(-1, rows.shape[-1])
+            return self._logits(self._params, flat).reshape(*rows.shape, -1)
+        look, weights = self._look(("logits",), None, params)
+        return look(weights, rows, embeddings)["logits"]
+
+    def run(
+        self,
+        tokens: Any,
+        capture: str | Sequence[str] = ("logits",),
+        edit: Edit | None = None,
+        *,
+        params: Params | None = None,
+        max_bytes: int = MAX_CAPTURED_BYTES,
+    ) -> Activations:
+        """Returns activations of a forward over whole sequences, by name.
+
+        Names are `input` (rows of the embedding), `embed` (what enters the first layer),
+        `layers.N.attention_probs`, `layers.N.attention`, `layers.N.mlp` (what these add),
+        `layers.N.resid` (the residual stream after the layer), `final` and `logits`; models with
+        experts have `layers.N.expert_load`, too. `*` stands for anything. Activations are [..., T,
+        features] for tokens [..., T], probabilities float32[..., heads, T, T].
+
+        Args:
+            tokens: text, or token ids int[..., T].
+            capture: names or patterns of what to return.
+            edit: name or pattern -> function of that activation; what it gives goes on. It is
+                compiled anew at every call, since what the functions close over may have changed;
+                put a loop's variable through `jax.jit` around `run`.
+            params: in the tree of `llm.params`, in the place of these.
+            max_bytes: captured activations take no more.
+
+        Raises:
+            UsageError: a name is none of this model's, or captured activations are larger than
+                `max_bytes`, which is known before anything runs.
+            ContextLengthError: a sequence is longer than the context.
+        """
+        names = (capture,) if isinstance(capture, str) else tuple(capture)
+        rows = self._tokens(tokens)
+        look, weights = self._look(names, edit, params)
+        check_size(look.eval_shape(weights, rows), max_bytes)
+        return Activations(look(weights, rows))
+
+    def view_tokens(self, completion: Completion) -> TokenView:
+        """Returns a completion's tokens, coloured by their log-probabilities.
+
+        Raises:
+            UsageError: it was generated without `logprobs`.
+        """
+        if completion.logprobs is None:
+            raise UsageError("the completion has no log-probabilities; generate with logprobs=3")
+        entries = completion.logprobs
+        logprobs = [entry.logprob for entry in entries]
+        tops = [entry.top for entry in entries]
+        return TokenView.of(self.tokenizer, completion.token_ids, logprobs, tops)
+
+    def view_attention(self, tokens: Any, layer: int = 0, head: int | None = None) -> AttentionView:
+        """Returns a picture of attention in one layer: of all heads, or larger of one.
+
+        Args:
+            tokens: text, or token ids of one sequence.
+        """
+        rows = self._tokens(tokens)
+        if rows.ndim != 1:
+            raise UsageError(f"tokens have shape {rows.shape}; give those of one sequence")
+        (probs,) = self.run(rows, f"layers.{layer}.attention_probs").values()
+        heads = range(len(probs)) if head is None else [head]
+        if head is not None and not 0 <= head < len(probs):
+            raise UsageError(f"head={head} is none of this layer's; use 0 to {len(probs) - 1}")
+        title = f"attention of layer {layer}" + ("" if head is None else f", head {head}")
+        pieces = pieces_of(self.tokenizer, [int(token) for token in rows])
+        return AttentionView(np.asarray(probs)[list(heads)], tuple(pieces), title)
+
+    def card(self) -> Card:
+        """Returns what this model is and what it takes of memory; a notebook draws it."""
+        return card_of(self.program, self._params, self._layout, self._made)
+
+    def __repr__(self) -> str:
+        return repr(self.card())
+
+    def _repr_html_(self) -> str:
+        return self.card()._repr_html_()
+
+    def _tokens(self, tokens: Any) -> Any:
+        """Returns token ids int32[..., T] of text or of token ids, checked where they are known."""
+        if isinstance(tokens, str):
+            tokens = self.intake.encode(tokens)
+        known = not isinstance(tokens, jax.core.Tracer)
         try:
-            tokens = np.asarray(token_ids)
+            tokens = np.asarray(tokens) if known else tokens
         except ValueError:
             tokens = np.zeros(0)
         if tokens.ndim == 0 or tokens.size == 0 or tokens.dtype.kind not in "iu":
             raise UsageError(
-                "logits takes token ids as integers, in a list or in lists of one length, at "
-                f"least one; not {token_ids!r:.80}"
+                "tokens are text, or token ids as integers, in a list or in lists of one length, "
+                f"at least one; not {tokens!r:.80}"
             )
-        self.intake.check_ids([int(token) for token in tokens.ravel()])
-        rows = tokens.reshape(-1, tokens.shape[-1]).astype(np.int32)
-        out = self._logits(self._params, rows)
-        return out.reshape(*tokens.shape, -1)
+        if tokens.shape[-1] > self.config.max_context_tokens:
+            raise ContextLengthError(
+                f"a sequence of {tokens.shape[-1]} tokens exceeds the context of "
+                f"{self.config.max_context_tokens}; shorten it"
+            )
+        if known:
+            self.intake.check_ids([int(token) for token in tokens.ravel()])
+        return tokens.astype(np.int32)
+
+    def _look(
+        self, capture: tuple[str, ...], edit: Edit | None, params: Params | None
+    ) -> tuple[Any, Params]:
+        """Returns (a compiled look into the forward, the weights that it takes)."""
+        if params is not None:
+            check_views(self.program, params)
+        stored = params is None
+        weights = self._params if params is None else params
+        if edit:  # what a function closes over may be another by the next call
+            return jax.jit(inside(self.program, capture, edit, stored)), weights
+        if (capture, stored) not in self._looks:
+            self._looks[capture, stored] = jax.jit(inside(self.program, capture, None, stored))
+        return self._looks[capture, stored], weights
+
+    def _process_by(self, processor: Processor | None) -> None:
+        """Makes the engine choose tokens by a processor.
+
+        Raises:
+            UsageError: requests that have another are under way, or it gives another shape.
+        """
+        if self._made is None and processor is None:
+            return
+        if processor is self.runner.processor:
+            return
+        if self.engine.busy:
+            raise UsageError(
+                "a request with another processor is under way; read its stream to the end first"
+            )
+        if processor is not None:
+            check_processor(processor, self.config.vocab_size)
+        self.runner.process_by(processor)
 
     def _request(self, prompt: Prompt, asked: SamplingParams, **fields: Any) -> Request:
         """Returns a request with every parameter decided; `fields` are others of `Request`."""
@@ -380,152 +582,6 @@ class LLM:
         )
         self._num_requests += 1
         return request
-
-
-class _Batch:
-    """Requests that run together, and the completions that come of them."""
-
-    def __init__(self, llm: LLM, requests: Sequence[Request]) -> None:
-        self._engine = llm.engine
-        self._requests = requests
-        self._waiting = deque(requests)
-        self._builders = {
-            request.id: [
-                CompletionBuilder(llm.tokenizer, request)
-                for _ in range(max(request.params.n, request.beam_width))
-            ]
-            for request in requests
-        }
-        self._num_running = sum(map(len, self._builders.values()))
-
-    def run(self) -> list[list[Completion]]:
-        """Returns the completions of each request, in order."""
-        try:
-            while self._num_running:
-                self._submit()
-                self._engine.step()
-        except BaseException:  # Ctrl-C, too, leaves the engine free for others
-            for request in self._requests:
-                self._engine.abort(request.id)
-            while self._engine.step():
-                pass
-            raise
-        return [
-            [builder.completion() for builder in self._builders[request.id]]
-            for request in self._requests
-        ]
-
-    def _submit(self) -> None:
-        """Hands the engine as many requests as its queue takes."""
-        while self._waiting:
-            try:
-                self._engine.submit(self._waiting[0], self._push)
-            except QueueFullError:
-                return
-            self._waiting.popleft()
-
-    def _push(self, event: TokenEvent) -> None:
-        """Takes the events of all requests."""
-        builder = self._builders[event.request_id][event.sample_index]
-        if builder.finish_reason is not None:
-            return
-        builder.push(event)
-        if builder.finish_reason is not None:
-            self._num_running -= 1
-            if event.finish_reason is None:
-                self._engine.finish(event.request_id, event.sample_index, builder.num_drawn)
-
-
-class TextStream:
-    """The pieces of one completion, as they come; see `LLM.stream`.
-
-    Dropping it before its end ends the request, as `close` and leaving a `with` block do.
-    """
-
-    def __init__(self, llm: LLM, request: Request) -> None:
-        # The engine keeps the reading, which knows neither this nor its iterator: so both are
-        # gone, and the request is over, as soon as nobody reads.
-        self._reading = _Reading(llm, request)
-        self._iterator = self._reading.pieces()
-
-    @property
-    def first_token_at(self) -> float:
-        """Returns time.perf_counter() when the first token was there; 0 before."""
-        return self._reading.first_token_at
-
-    @property
-    def completion(self) -> Completion:
-        """Returns the whole completion, once the stream is exhausted or closed."""
-        builder = self._reading.builder
-        if builder.finish_reason is None:
-            raise UsageError("the stream still runs; read it to its end first")
-        return builder.completion()
-
-    def close(self) -> None:
-        """Ends the request if it is not over; its completion then ends with "abort"."""
-        self._iterator.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def __iter__(self) -> Iterator[str]:
-        return self._iterator
-
-    def __next__(self) -> str:
-        return next(self._iterator)
-
-
-class _Reading:
-    """What has come of a streamed request; the engine writes it, through `_push`."""
-
-    def __init__(self, llm: LLM, request: Request) -> None:
-        self._engine = llm.engine
-        self._request = request
-        self._ready: deque[str] = deque()
-        self.builder = CompletionBuilder(llm.tokenizer, request)
-        self.first_token_at = 0.0
-
-    def pieces(self) -> Generator[str, None, None]:
-        """Returns an iterator over the pieces, which runs the engine; closing it ends the request.
-
-        It holds this object, and must not be held by it.
-        """
-        self._engine.submit(self._request, self._push)
-        try:
-            while self.builder.finish_reason is None or self._ready:
-                while self._ready:
-                    yield self._ready.popleft()
-                if self.builder.finish_reason is None:
-                    self._engine.step()
-        finally:
-            if self.builder.finish_reason is None:  # nobody reads on
-                self._engine.abort(self._request.id)
-                if not self._engine.watch.busy:  # else garbage collected in the midst of a step
-                    self._engine.step()
-        _ = self.builder.completion()  # a failed request raises its cause
-
-    def _push(self, event: TokenEvent) -> None:
-        self.first_token_at = self.first_token_at or time.perf_counter()
-        if self.builder.finish_reason is not None:
-            return
-        if piece := self.builder.push(event):
-            self._ready.append(piece)
-        if self.builder.finish_reason is not None and event.finish_reason is None:
-            self._engine.finish(self._request.id, 0, self.builder.num_drawn)
-
-
-def is_single(prompts: Any) -> bool:
-    """Returns whether `prompts` is one prompt: a string, or a flat list of ints."""
-    return isinstance(prompts, str) or (
-        len(prompts) > 0 and all(isinstance(item, int | np.integer) for item in prompts)
-    )
-
-
-def _print_compiled(what: str, seconds: float) -> None:
-    sys.stderr.write(f"compiled {what} in {seconds:.1f} s\n")
 
 
 def _per_prompt(

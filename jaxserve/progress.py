@@ -1,19 +1,20 @@
-"""Tells how far long work has come: a bar on a terminal, plain lines elsewhere, or nothing.
+"""Tells how far long work has come: a bar on a terminal or in a notebook, lines elsewhere.
 
     with reporter().task("loading tiny", total=11_000_000) as advance:
         advance(4_000_000)
 
-Everything goes to standard error, which leaves standard output to results.
+Outside notebooks everything goes to standard error, which leaves standard output to results.
 """
 
 from __future__ import annotations
 
+import html
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from enum import StrEnum
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 Advance = Callable[[int], None]
 """Called with the amount of work done since the last call."""
@@ -49,10 +50,12 @@ def reporter(show: Show = Show.AUTO, stream: TextIO | None = None) -> Reporter:
     """Returns a reporter to `stream`, standard error by default.
 
     Args:
-        show: AUTO is a bar where the stream is a terminal, and lines elsewhere.
+        show: AUTO is a bar where the stream is a terminal or a notebook, and lines elsewhere.
     """
     if show is Show.SILENT:
         return Silent()
+    if show is not Show.LINES and stream is None and (page := notebook()) is not None:
+        return Meter(page)
     where = sys.stderr if stream is None else stream
     if show is Show.BAR or (show is Show.AUTO and where.isatty()):
         return Bar(where)
@@ -131,6 +134,97 @@ class Bar:
         with bar:
             task = bar.add_task(label, total=total)
             yield lambda amount: bar.advance(task, amount)
+
+
+class Meter:
+    """Draws a bar below a notebook's cell."""
+
+    def __init__(
+        self, page: Page, every_s: float = 0.1, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._page = page
+        self._every_s = every_s
+        self._clock = clock
+
+    @contextmanager
+    def task(self, label: str, total: int, unit: Unit = Unit.BYTES) -> Iterator[Advance]:
+        """Yields a function that moves the bar; work that fails leaves it where it was."""
+        start = last = self._clock()
+        done = 0
+        shown = self._page.show(_meter(label, done, total, unit))
+
+        def advance(amount: int) -> None:
+            nonlocal done, last
+            done += amount
+            now = self._clock()
+            if now - last >= self._every_s:
+                last = now
+                shown(_meter(label, done, total, unit))
+
+        yield advance
+        took = self._clock() - start
+        shown(f"<div>{html.escape(label)}: {_amount(done, unit)} in {took:.1f} s</div>")
+
+
+def _meter(label: str, done: int, total: int, unit: Unit) -> str:
+    return (
+        f'<div>{html.escape(label)} <progress value="{done}" max="{max(total, 1)}"></progress> '
+        f"{_amount(done, unit)} of {_amount(total, unit)}</div>"
+    )
+
+
+class Page:
+    """A notebook's page, through IPython.
+
+    Attributes:
+        cell: number of the cell that runs.
+    """
+
+    def __init__(self, shell: Any) -> None:
+        self._shell = shell
+
+    @property
+    def cell(self) -> int:
+        """Returns the number of the cell that runs."""
+        return self._shell.execution_count
+
+    def show(self, text: str) -> Callable[[str], None]:
+        """Returns a function that replaces HTML, which is shown below the running cell."""
+        display = sys.modules["IPython"].display
+        handle = display.display(display.HTML(text), display_id=True)
+        return lambda other: handle.update(display.HTML(other))
+
+
+def notebook() -> Page | None:
+    """Returns the page of the notebook that runs this; None elsewhere, as in IPython's terminal."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return Page(shell) if shell is not None and hasattr(shell, "kernel") else None
+
+
+class CompileLog:
+    """Tells what was compiled: a line each on standard error, in a notebook one that changes."""
+
+    def __init__(self) -> None:
+        self._cell: int | None = None
+        self._shown: Callable[[str], None] | None = None
+        self._count, self._seconds = 0, 0.0
+
+    def __call__(self, what: str, seconds: float) -> None:
+        """Tells of one program."""
+        page = notebook()
+        if page is None:
+            sys.stderr.write(f"compiled {what} in {seconds:.1f} s\n")
+            return
+        if self._shown is None or self._cell != page.cell:
+            self._cell, self._count, self._seconds = page.cell, 0, 0.0
+            self._shown = page.show("")
+        self._count += 1
+        self._seconds += seconds
+        self._shown(
+            f'<div style="opacity:.7">compiled {self._count} programs in {self._seconds:.1f} s, '
+            f"the last: {html.escape(what)}</div>"
+        )
 
 
 def _amount(count: float, unit: Unit) -> str:

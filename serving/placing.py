@@ -144,6 +144,16 @@ def placed(program: Program, params: Params) -> Params:
     return tree_of(flat.items())
 
 
+def check_views(program: Program, params: Params) -> None:
+    """Checks that parameters given one by one, as `views` gives them, are a program's.
+
+    Raises:
+        UsageError: one is missing, left over, or of another shape or dtype.
+    """
+    if (message := _misfit(single(program.model), dict(leaves_of(params)))) is not None:
+        raise UsageError(message)
+
+
 def spread_logits(program: Program) -> Callable[[Params, Array], Array]:
     """Returns a function (params, tokens int32[B, L]) -> float32[B, L, V], as `logits`.
 
