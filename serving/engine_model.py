@@ -25,7 +25,7 @@ from jaxserve.pallas_kernels import kernel_set
 from jaxserve.partitioning.devices import use_devices
 from jaxserve.progress import Show, reporter
 from jaxserve.serving.build import ModelEngine
-from jaxserve.serving.engine_process import Follows, Made
+from jaxserve.serving.made import Follows, Made
 from jaxserve.serving.memory_plan import device_memory, memory_plan
 from jaxserve.serving.model_files import ModelFiles, kv_rounding, quantization
 from jaxserve.serving.multihost.follower import Follower

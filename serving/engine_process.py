@@ -19,14 +19,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
 
 from jaxserve.errors import JaxserveError, UsageError
 from jaxserve.serving import logs
 from jaxserve.serving.engine import Engine
+from jaxserve.serving.made import Build, Follows, Made
 from jaxserve.serving.metrics import MetricsSnapshot, snapshot
-from jaxserve.serving.multihost.ranks import Ranks, end_process
+from jaxserve.serving.multihost.ranks import end_process
 from jaxserve.serving.outlet import Outlet
 from jaxserve.serving.request import Request, SamplingParams, TokenEvent
 from jaxserve.serving.wire import (
@@ -63,43 +62,6 @@ LEAST_STALL_S = 5.0
 STALL_FACTOR = 10.0
 
 _log = logging.getLogger(__name__)
-
-
-class Made(NamedTuple):
-    """An engine that is ready, and what there is to tell of it.
-
-    Attributes:
-        info: versions, capacity, memory plan.
-        late_compiles: how many programs were compiled since.
-        trace: records for so many seconds and returns the folder.
-        ranks: the group it leads.
-    """
-
-    engine: Engine
-    info: dict[str, Any]
-    late_compiles: Callable[[], int] = lambda: 0
-    trace: Callable[[float], str] | None = None
-    ranks: Ranks | None = None
-
-
-class Follows(NamedTuple):
-    """A process that does what another rank plans.
-
-    Attributes:
-        ranks: its group.
-        follow: runs plans until the group ends in good order.
-        info: versions, capacity, memory plan.
-    """
-
-    ranks: Ranks
-    follow: Callable[[], None]
-    info: dict[str, Any]
-
-
-class Build(Protocol):
-    """Makes the engine that a server asks for; `phase` is told what begins."""
-
-    def __call__(self, start: Start, phase: Callable[[str], None]) -> Made | Follows: ...
 
 
 class EngineProcess:
@@ -330,7 +292,11 @@ def main() -> None:
     """Runs the engine of a model."""
     from jaxserve.serving.engine_model import build_model
 
-    status = serve(int(sys.argv[1]), build_model)
+    try:
+        status = serve(int(sys.argv[1]), build_model)
+    except Exception:
+        _log.critical("the engine's process has failed", exc_info=True)
+        status = 1
     logging.shutdown()
     sys.stderr.flush()
     os._exit(status)  # no thread of the compiler or the device holds up the end

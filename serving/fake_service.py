@@ -26,9 +26,10 @@ from tokenizers import decoders, models, pre_tokenizers
 import jaxserve
 from jaxserve.checkpoint.generation_config import GenerationDefaults
 from jaxserve.serving.engine import Engine
-from jaxserve.serving.engine_process import Follows, Made, serve
+from jaxserve.serving.engine_process import serve
 from jaxserve.serving.fake_runner import FakeRunner
 from jaxserve.serving.intake import Intake
+from jaxserve.serving.made import Follows, Made
 from jaxserve.serving.multihost.follower import Follower
 from jaxserve.serving.multihost.group import Group
 from jaxserve.serving.multihost.join import join
