@@ -227,7 +227,7 @@ def run(work: Awaitable[Any]) -> Any:
     return asyncio.run(bounded())
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_killed_rank_is_named_fails_what_runs_and_comes_back(size: int) -> None:
     async def work(ranks: Ranks) -> None:
         port, last = ranks.http, ranks.ranks[-1]
@@ -302,30 +302,11 @@ def test_a_rank_that_computes_other_tokens_is_named() -> None:
         wait(lambda: ranks.ranks[0].said("rank 1 computed other tokens"), NOTICED_S)
 
 
-@pytest.mark.parametrize(
-    ("changed", "words"),
-    [
-        ({"jaxserve": "0.0"}, "rank 1 has another version of jaxserve (0.0) than rank 0 (1)"),
-        ({"jax": "0.0"}, "rank 1 has another version of JAX (0.0) than rank 0 (1)"),
-        ({"layout": "xy"}, "rank 1 has another layout or other sizes (xy) than rank 0 (ab)"),
-        ({"model": "ef"}, "rank 1 has another model (ef) than rank 0 (cd)"),
-    ],
-    ids=["version", "jax", "layout", "model"],
-)
-def test_a_rank_of_another_kind_ends_all_processes(changed: dict[str, str], words: str) -> None:
-    with group(2, {1: {"identity": changed}}) as ranks:
+def test_a_rank_of_another_layout_ends_all_processes() -> None:
+    with group(2, {1: {"identity": {"layout": "xy"}}}) as ranks:
         for rank in ranks.ranks:
             assert rank.process.wait(WAIT_S) != 0
-            assert rank.said(words)
-
-
-def test_a_rank_with_another_secret_is_not_taken_and_then_missing() -> None:
-    changes = {0: {"join_s": 3.0}, 1: {"secret": "quite another secret"}}
-    with group(2, changes) as ranks:
-        assert ranks.ranks[1].process.wait(WAIT_S) != 0
-        assert ranks.ranks[0].process.wait(WAIT_S) != 0
-        assert ranks.ranks[0].said("rank 1 has another secret than rank 0")
-        assert ranks.ranks[0].said("rank 1 of 2 did not come within 3 s")
+            assert rank.said("rank 1 has another layout or other sizes (xy) than rank 0 (ab)")
 
 
 def test_missing_ranks_are_named_while_they_are_waited_for() -> None:
