@@ -52,6 +52,8 @@ from jaxserve.serving.runner import Runner, StepResult
 
 REPORT_S = 5.0
 LEAVING_S = 5.0
+LAST_CALL_S = 5.0
+"""So long after a rank was turned away the others may come to be told."""
 KEPT_DIGESTS = 4096
 
 _log = logging.getLogger(__name__)
@@ -88,6 +90,8 @@ class Leader:
         self._links: dict[int, _Link] = {}
         self._begun = self._serving = self._over = False
         self._refusal = ""
+        self._refused_s = 0.0
+        self._turned_away: set[int] = set()
         self._digests: dict[int, bytes] = {}
         self._plans = PlanWriter(b"")
 
@@ -205,15 +209,16 @@ class Leader:
             ) from error
 
     def _missing(self) -> list[int]:
-        return [rank for rank in range(1, self._group.num_processes) if rank not in self._links]
+        known = {*self._links, *self._turned_away}
+        return [rank for rank in range(1, self._group.num_processes) if rank not in known]
 
     def _wait_for_all(self, phase: Callable[[str], None]) -> None:
         began, told, said_s = time.monotonic(), [], 0.0
         size, until = self._group.num_processes, began + self._group.join_s
         with self._guard:
-            while missing := self._missing():
+            while (missing := self._missing()) or self._refusal:
                 now = time.monotonic()
-                if self._refusal:
+                if self._refusal and (not missing or now >= self._refused_s + LAST_CALL_S):
                     raise ConfigError(self._refusal)
                 if now >= until:
                     raise UnavailableError(
@@ -226,7 +231,7 @@ class Leader:
                     if missing != told:
                         phase(f"waiting for {named(missing)} of {size}")
                     told, said_s = missing, now
-                self._guard.wait(min(until - now, REPORT_S))
+                self._guard.wait(min(until - now, LAST_CALL_S if self._refusal else REPORT_S))
             self._begun = True
         nonce = secrets.token_bytes(32)
         self._plans = PlanWriter(messages.epoch_key(self._group.secret, nonce, self._identity))
@@ -272,6 +277,7 @@ class Leader:
         refused = _refusal(group, self._identity, challenge, answer)
         with self._guard:
             again = False
+            refused = refused or self._refusal or None
             if refused is None and (self._begun or self._over or rank in self._links):
                 refused, again = f"rank {rank} is there already, or was until just now", True
             if refused is None:
@@ -293,7 +299,9 @@ class Leader:
         sock.sendall(packed(Rejected(refused, again)))
         if not again and _proved(group, challenge, answer):
             with self._guard:
-                self._refusal = self._refusal or refused
+                if not self._refusal:
+                    self._refusal, self._refused_s = refused, time.monotonic()
+                self._turned_away.add(rank)
                 self._guard.notify_all()
         return None
 
