@@ -90,7 +90,7 @@ def named(sums: dict[Any, int]) -> dict[str, int]:
 def predicted(row: Row) -> dict[str, Any]:
     """Returns what is known of a row before it is compiled."""
     from jaxserve.partitioning.cost import Where, gathered_bytes, padded, step_collectives, totals
-    from jaxserve.planner.lower import argument_bytes, lane_bytes
+    from jaxserve.planner.lower import argument_bytes
 
     job, on = job_of(row)
     config = padded(job.config, job.padding(on.sizes))
@@ -111,7 +111,6 @@ def predicted(row: Row) -> dict[str, Any]:
         "full_tensor_bytes": named(totals(sent)),
         "planned_bytes": argument_bytes(job, on.sizes),
         "gathered_bytes": gathered_bytes(config, job.phase, on.sizes),
-        "lane_bytes": lane_bytes(job, on.sizes),
     }
 
 
@@ -189,18 +188,18 @@ def held(row: dict[str, Any]) -> tuple[float, float]:
     """Returns what a chip holds, over the plan without and with what may come beside it."""
     used = row["argument_bytes"] + row["temp_bytes"]
     least = row["planned_bytes"]
-    return used / least, used / (least + row["gathered_bytes"] + row["lane_bytes"])
+    return used / least, used / (least + row["gathered_bytes"])
 
 
 def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns counts of rows, and each row that is not as predicted.
 
     Memory is as planned from 3% below weights and cache to 3% above all that may come beside them;
-    that is nothing where no weights are gathered and heads fill the lanes of a tile.
+    that is nothing where no weights are gathered.
     """
     good = [row for row in found if row.get("exact")]
     over = [row for row in good if held(row)[0] < 0.97 or held(row)[1] > 1.03]
-    plain = [row for row in good if not (row["gathered_bytes"] or row["lane_bytes"])]
+    plain = [row for row in good if not row["gathered_bytes"]]
     return {
         "rows": len(found),
         "exact": len(good),

@@ -85,10 +85,15 @@ class KvDtype(StrEnum):
         Raises:
             UsageError: there is no such type.
         """
-        known = {"int8": cls.INT8, "fp8": cls.FP8}
+        known = {kind.short: kind for kind in cls}
         if name not in known:
             raise UsageError(f"kv_dtype={name!r} is not supported; use {' or '.join(known)}")
         return known[name]
+
+    @property
+    def short(self) -> str:
+        """Returns what a person calls it."""
+        return {KvDtype.INT8: "int8", KvDtype.FP8: "fp8"}[self]
 
 
 class CacheKind(StrEnum):

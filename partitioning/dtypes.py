@@ -73,11 +73,11 @@ KV = {
         Stored("bfloat16", 16),
         Stored("float16", 16),
         Stored("int8", 8, -1, 4),
-        Stored("float8_e4m3fn", 8),
+        Stored("float8_e4m3fn", 8, -1, 4),
         Stored("int4", 4, -1, 4),
     )
 }
-"""Dtypes of keys and values. int8 and int4 have a scale for each token and head."""
+"""Dtypes of keys and values. Those below 16 bits have a scale for each token and head."""
 
 _SHORT = {"bf16": "bfloat16", "f32": "float32", "fp8": "float8_e4m3fn", "f16": "float16"}
 

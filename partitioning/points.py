@@ -68,7 +68,7 @@ class Option:
         weights, kv = self.kept.weights.name, self.kept.kv.name
         if weights not in ("bfloat16", "float32", "int8"):
             found.append(f"weights in {weights}")
-        if kv not in ("bfloat16", "float32"):
+        if kv not in ("bfloat16", "float32", "int8", "float8_e4m3fn"):
             found.append(f"keys and values in {kv}")
         if self.serving is Serving.DISAGGREGATED:
             found.append("prefill on chips of its own")

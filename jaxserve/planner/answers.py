@@ -18,8 +18,9 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 
-from jaxserve.config import ModelConfig, Quantization
+from jaxserve.config import KvDtype, ModelConfig, Quantization
 from jaxserve.errors import UsageError
+from jaxserve.partitioning.dtypes import Stored
 from jaxserve.partitioning.estimate import Coster, Estimate, Term
 from jaxserve.partitioning.hardware import ChipSlice
 from jaxserve.partitioning.layout import Heads
@@ -187,20 +188,26 @@ class Plan(_Shown):
             mesh=option.mesh,
             prefill=option.prefill,
             decode=option.decode,
-            dtypes=Dtypes(self._weights, "bfloat16", option.kept.kv.name),
+            dtypes=Dtypes(_plain(option.kept.weights), "bfloat16", _plain(option.kept.kv)),
             buckets=Buckets(best.batch, step),
         )
 
     @property
-    def _weights(self) -> str:
-        """Returns the dtype that weights are multiplied in, which a layout names."""
-        name = self.best.option.kept.weights.name
-        return "bfloat16" if name == "int8" else name
+    def quantize(self) -> Quantization | None:
+        """Returns how weights are rounded, which is said beside the layout."""
+        return Quantization.INT8 if self.best.option.kept.weights.name == "int8" else None
 
     @property
-    def quantize(self) -> Quantization | None:
-        """Returns what `--quantize` must be beside the layout."""
-        return Quantization.INT8 if self.best.option.kept.weights.name == "int8" else None
+    def kv_dtype(self) -> KvDtype | None:
+        """Returns how keys and values are rounded, which is said beside the layout."""
+        name = self.best.option.kept.kv.name
+        return KvDtype(name) if name in tuple(KvDtype) else None
+
+    @property
+    def rounding(self) -> tuple[str, ...]:
+        """Returns the options of a server that say so."""
+        kv = self.kv_dtype and f"--kv-dtype={self.kv_dtype.short}"
+        return tuple(filter(None, (self.quantize and f"--quantize={self.quantize}", kv)))
 
     def fields(self) -> dict[str, Any]:
         """Returns the answer as JSON shows it."""
@@ -341,3 +348,8 @@ def memory_fields(found: Estimate) -> dict[str, float]:
     memory = found.memory
     fields = {name: float(value) for name, value in vars(memory).items()}
     return fields | {"total_bytes": float(memory.total_bytes), "free_bytes": memory.free_bytes}
+
+
+def _plain(kept: Stored) -> str:
+    """Returns the dtype that something is computed with, which a layout names."""
+    return "bfloat16" if kept.bits == 8 else kept.name

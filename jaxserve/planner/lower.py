@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxserve.config import ModelConfig, Quantization
+from jaxserve.config import KvDtype, ModelConfig, Quantization
 from jaxserve.layers.cache import DenseCache
 from jaxserve.layers.decoder import Model
 from jaxserve.layers.param import Declare, named_parameters, tree_of
@@ -29,18 +28,7 @@ from jaxserve.partitioning.collectives import MeshComm
 from jaxserve.partitioning.cost import Pass
 from jaxserve.partitioning.layout import PhaseLayout, Stage
 from jaxserve.partitioning.padding import Padding
-from jaxserve.planner.slab import SlabCache
 from jaxserve.serving.generation import Program, Prompts, decode_step, prefill
-
-_LANES = 128
-"""Neighbours along the last dimension of a tile in a TPU's memory."""
-
-
-class Store(StrEnum):
-    """Where keys and values lie: in one array, or in pages as `backend`'s kernels keep them."""
-
-    SLAB = "slab"
-    PAGES = "pages"
 
 
 @dataclass(frozen=True)
@@ -53,10 +41,10 @@ class Job:
         batch: sequences.
         slots: tokens that the cache has room for, a sequence.
         length: tokens of each sequence in this step; 1 decodes.
-        dtype: of weights, unless they are quantised, activations and cache.
-        store: kind of cache.
-        backend: kernels.
+        dtype: of weights, activations and cache, unless those are rounded.
+        backend: kernels; a processor's copy the cache on a TPU.
         quantize: weights are int8.
+        kv_dtype: keys and values are rounded.
     """
 
     config: ModelConfig
@@ -65,9 +53,9 @@ class Job:
     slots: int
     length: int = 1
     dtype: str = "bfloat16"
-    store: Store = Store.SLAB
-    backend: str = "xla"
+    backend: str = "tpu"
     quantize: Quantization | None = None
+    kv_dtype: KvDtype | None = None
 
     @property
     def weights(self) -> str:
@@ -88,7 +76,12 @@ class Job:
         padding = self.padding(sizes)
         padding.check(self.config)
         declare = Declare(
-            self.dtype, fuse=True, stack=True, padding=padding, quantize=self.quantize
+            self.dtype,
+            fuse=True,
+            stack=True,
+            padding=padding,
+            quantize=self.quantize,
+            kv_dtype=self.kv_dtype,
         )
         model = Model(self.config, declare)
         return Program(model, MeshComm(self.phase, tuple(sizes.items())), kernel_set(self.backend))
@@ -159,20 +152,6 @@ def argument_bytes(job: Job, sizes: dict[str, int]) -> int:
     return total + 4 * job.batch * (job.length + 1)
 
 
-def lane_bytes(job: Job, sizes: dict[str, int]) -> int:
-    """Returns what is added to a cache whose heads are no multiple of the lanes of a tile.
-
-    That is where a compiler has the features of a head next to each other; it may choose the tokens
-    instead, and add nothing.
-    """
-    local = jax.eval_shape(partial(_empty, job, job.program(sizes)))
-    return sum(
-        leaf.size // leaf.shape[-1] * (-leaf.shape[-1] % _LANES) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(local)
-        if leaf.ndim > 2
-    )
-
-
 def _decode(program: Program, params: Any, cache: Any, tokens: Any, positions: Any) -> Any:
     return decode_step(program, params, tokens, positions, cache)
 
@@ -189,11 +168,9 @@ def _weight_specs(program: Program, phase: PhaseLayout, sizes: dict[str, int]) -
     return tree_of(flat)
 
 
-def _empty(job: Job, program: Program) -> SlabCache | DenseCache:
+def _empty(job: Job, program: Program) -> DenseCache:
     """Returns the cache of one device."""
     declare, comm = program.model.declare, program.comm
-    if job.store is Store.SLAB:
-        return SlabCache.create(job.config, job.batch, job.slots, declare, comm)
     return DenseCache.create(job.config, job.batch, job.slots, declare, comm, program.kernels)
 
 
@@ -207,9 +184,7 @@ def _cache(job: Job, program: Program) -> tuple[Any, Any]:
     local = jax.eval_shape(partial(_empty, job, program))
     assert isinstance(program.comm, MeshComm)
     lies, sizes = program.comm.placement(Stage.QUERY), dict(program.comm.sizes)
-    entries = [lies.tokens or None, lies.features or None]
-    if job.store is Store.SLAB:
-        entries = [None, *entries, job.phase.stripes or None]
+    entries = lies.tokens or None, lies.features or None
 
     def spec(leaf: Any) -> PartitionSpec:
         return PartitionSpec(*entries) if leaf.ndim > 2 else PartitionSpec()

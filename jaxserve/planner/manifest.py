@@ -57,7 +57,7 @@ def manifest(plan: Plan) -> str:
         model=plan.model,
         batch=best.batch,
         step=max(best.chunk * best.group, 512),
-        quantize="" if plan.quantize is None else f"\n            - --quantize={plan.quantize}",
+        rounding="".join(f"\n            - {option}" for option in plan.rounding),
         resource=resource,
         count=per_host,
     )
@@ -108,7 +108,7 @@ spec:
           image: jaxserve:latest
           args:
             - --model={model}
-            - --layout=/layout/layout.json{quantize}
+            - --layout=/layout/layout.json{rounding}
             - --max-sequences={batch}
             - --max-step-tokens={step}
             - --api-key-file=/keys/keys
@@ -147,10 +147,10 @@ def benchmark_script(plan: Plan) -> str:
         for name, value in (("ttft", demand.ttft_s), ("tpot", demand.tpot_s))
         if value is not None
     ]
-    quantize = "" if plan.quantize is None else f" --quantize {plan.quantize}"
+    rounding = "".join(f" {option}" for option in plan.rounding)
     return f"""#!/bin/sh
 # Measures one copy of {plan.model} ({best.option}), started with
-#   jaxserve serve --model DIR --layout layout.json{quantize} --max-sequences {best.batch}
+#   jaxserve serve --model DIR --layout layout.json{rounding} --max-sequences {best.batch}
 # Estimated of each copy, for {demand.input_tokens} tokens in and {demand.output_tokens} out:
 # {best.tokens_per_s / copies:,.0f} tokens/s, first token {best.ttft_s * 1e3:,.0f} ms, \
 {best.tpot_s * 1e3:,.1f} ms a token.

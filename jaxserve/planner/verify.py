@@ -15,6 +15,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxserve.compile_cache import directory
-from jaxserve.config import ModelConfig, Quantization
+from jaxserve.config import KvDtype, ModelConfig, Quantization
 from jaxserve.errors import JaxserveError, UnsupportedError
 from jaxserve.partitioning.demand import Serving
 from jaxserve.partitioning.estimate import Estimate
@@ -48,7 +49,7 @@ class Question(msgspec.Struct, frozen=True):
 
     Attributes:
         config, phase, mesh: model, layout, devices along x, y and z.
-        batch, slots, length, quantize: see `lower.Job`.
+        batch, slots, length, quantize, kv_dtype: see `lower.Job`.
         target: a slice that libtpu knows, or None for CPU devices.
         megacore: the two cores of a chip are one device.
     """
@@ -62,6 +63,7 @@ class Question(msgspec.Struct, frozen=True):
     target: str | None
     megacore: bool = False
     quantize: Quantization | None = None
+    kv_dtype: KvDtype | None = None
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,7 @@ def verified(plan: Plan, limit_s: float = LIMIT_S) -> Verified:
             on.name if is_tpu else None,
             on.chip.name == "v4",
             plan.quantize,
+            plan.kv_dtype,
         )
         answer, cached = _asked(question, limit_s)
         found.append(_step(name, question, answer, cached, steps[name], on))
@@ -281,12 +284,18 @@ def _compiled(text: bytes, question: Question, limit_s: float) -> str:
         ) from error
     lines = done.stdout.decode(errors="replace").strip().splitlines()
     if done.returncode or not lines:
-        last = done.stderr.decode(errors="replace").strip().splitlines()
         raise JaxserveError(
             f"compiling for {what} failed with status {done.returncode}: "
-            f"{last[-1] if last else 'it said nothing'}"
+            f"{_reason(done.stderr.decode(errors='replace'))}"
         )
     return lines[-1]
+
+
+def _reason(text: str) -> str:
+    """Returns the line that names an error, or the last."""
+    lines = text.strip().splitlines() or ["it said nothing"]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|error): ", line)]
+    return (named or lines)[-1]
 
 
 def _keep(path: Path, text: str) -> None:

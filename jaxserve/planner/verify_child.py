@@ -34,7 +34,9 @@ def answer(question: Question) -> dict[str, Any]:
         slots=question.slots,
         length=question.length,
         dtype=dtype,
+        backend="tpu" if question.target is not None else "xla",
         quantize=question.quantize,
+        kv_dtype=question.kv_dtype,
     )
     on: Any
     if question.target is None:

@@ -160,7 +160,8 @@ def test_smaller_weights_serve_more():
         ("bfloat16", "bfloat16", []),
         ("int8", "bfloat16", []),
         ("int4", "bfloat16", ["weights in int4"]),
-        ("int8", "int8", ["keys and values in int8"]),
+        ("int8", "float8_e4m3fn", []),
+        ("int8", "int4", ["keys and values in int4"]),
     ],
 )
 def test_what_the_runtime_lacks_is_said(weights: str, kv: str, lacking: list[str]):

@@ -30,7 +30,7 @@ from jaxserve.partitioning.layout import Ffn, Heads, PhaseLayout
 from jaxserve.partitioning.memory import Kept, weights_bytes
 from jaxserve.partitioning.work import Share
 from jaxserve.planner.check import Report, check
-from jaxserve.planner.lower import Job, Store, argument_bytes
+from jaxserve.planner.lower import Job, argument_bytes
 from jaxserve.planner.topology import SLICES
 
 NORM = NormSpec(NormKind.RMS)
@@ -129,7 +129,7 @@ def test_a_decode_step_of_540_billion_parameters():
 
 
 def test_pages_as_the_processor_reads_them_are_copied_on_a_tpu():
-    job = Job(SERIAL, PhaseLayout(Ffn.WS2D, Heads.HEADS), 16, 512, store=Store.PAGES)
+    job = Job(SERIAL, PhaseLayout(Ffn.WS2D, Heads.HEADS), 16, 512, backend="xla")
     report = check(job, SLICES["v5e:2x4"])
     assert differences(report) == {}
     assert report.copies != ()

@@ -150,7 +150,7 @@ def test_everything_is_saved(plan: planner.Plan, tmp_path: Path):
     assert (tmp_path / "report.png").read_bytes()[1:4] == b"PNG"
 
 
-def test_a_plan_in_int8_is_served_with_its_option():
+def test_a_rounded_plan_is_served_with_its_options():
     small = planner.search(
         "llama-3-8b",
         "v5e:2x2",
@@ -158,11 +158,13 @@ def test_a_plan_in_int8_is_served_with_its_option():
         output_tokens=200,
         batch=(1, 16),
         weights=("int8",),
+        kv=("fp8",),
     )
     assert small.best.option.not_run() == []
-    assert small.layout is not None and small.layout.dtypes.weights == "bfloat16"
-    assert "--quantize=int8" in manifest(small)
-    assert "--quantize int8" in benchmark_script(small)
+    assert small.layout is not None
+    assert {small.layout.dtypes.weights, small.layout.dtypes.kv} == {"bfloat16"}
+    for text in manifest(small), benchmark_script(small):
+        assert "--quantize=int8" in text and "--kv-dtype=fp8" in text
 
 
 def test_a_manifest_asks_for_the_chips_of_one_copy(plan: planner.Plan):

@@ -7,7 +7,7 @@ import pytest
 
 from jaxserve import planner
 from jaxserve.errors import JaxserveError, UnsupportedError
-from jaxserve.planner.verify import Step, Verified, verified
+from jaxserve.planner.verify import Step, Verified, _reason, verified
 
 STEP = Step(
     name="decode",
@@ -69,8 +69,11 @@ def test_a_small_model_is_compiled_for_a_slice(monkeypatch: pytest.MonkeyPatch, 
         output_tokens=64,
         batch=(16, 16),
         max_replicas=1,
+        weights=("int8",),
+        kv=("fp8",),
     )
     first = verified(plan)
+    first.check()
     assert [step.name for step in first.steps] == ["prefill", "decode"]
     assert all(step.predicted and not step.cached for step in first.steps)
     assert all(step.cached for step in verified(plan).steps)
@@ -87,6 +90,13 @@ def test_what_cannot_be_built_is_refused():
     )
     with pytest.raises(UnsupportedError, match="weights in int4"):
         verified(plan)
+
+
+def test_the_compilers_reason_is_told():
+    said = "Traceback:\n  x = 1\njax.errors.JaxRuntimeError: ran out of memory\nSee elsewhere.\n"
+    assert _reason(said) == "jax.errors.JaxRuntimeError: ran out of memory"
+    assert _reason("killed\n") == "killed"
+    assert _reason("") == "it said nothing"
 
 
 def test_a_compile_that_takes_too_long_is_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
