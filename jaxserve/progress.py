@@ -208,7 +208,7 @@ class CompileLog:
     def __init__(self) -> None:
         self._cell: int | None = None
         self._shown: Callable[[str], None] | None = None
-        self._count, self._seconds = 0, 0.0
+        self._count = 0
 
     def __call__(self, what: str, seconds: float) -> None:
         """Tells of one program."""
@@ -217,13 +217,12 @@ class CompileLog:
             sys.stderr.write(f"compiled {what} in {seconds:.1f} s\n")
             return
         if self._shown is None or self._cell != page.cell:
-            self._cell, self._count, self._seconds = page.cell, 0, 0.0
+            self._cell, self._count = page.cell, 0
             self._shown = page.show("")
         self._count += 1
-        self._seconds += seconds
+        number = f", {self._count} of this cell" if self._count > 1 else ""
         self._shown(
-            f'<div style="opacity:.7">compiled {self._count} programs in {self._seconds:.1f} s, '
-            f"the last: {html.escape(what)}</div>"
+            f'<div style="opacity:.7">compiled {html.escape(what)} in {seconds:.1f} s{number}</div>'
         )
 
 

@@ -14,17 +14,18 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-INK = (37, 99, 235)
+INK = (59, 130, 246)
 """Colour of pictures and bars; it stands out on white and on black."""
 
-PARTS = ("#2563eb", "#d97706", "#7c3aed", "#0d9488", "#db2777")
+PARTS = ("#3b82f6", "#d97706", "#7c3aed", "#0d9488", "#db2777")
 """Colours of the parts of a bar."""
 
 _STYLE = """
 .jaxserve{font:13px/1.5 system-ui,sans-serif;color:inherit;max-width:60em}
 .jaxserve .title{font-weight:600;font-size:15px}
 .jaxserve .soft{opacity:.7}
-.jaxserve table{border-collapse:collapse;margin:.4em 0;color:inherit;background:none}
+.jaxserve table{border-collapse:collapse;margin:.4em 0;font:inherit;color:inherit;
+background:none}
 .jaxserve td,.jaxserve th{padding:.1em .9em .1em 0;text-align:left;border:0;background:none;
 vertical-align:top;color:inherit}
 .jaxserve .bar{display:flex;height:12px;border-radius:3px;overflow:hidden;margin:.4em 0;

@@ -111,20 +111,19 @@ def test_a_processor_chooses_the_same_tokens_by_the_engine_and_plainly(mesh: Any
     done = small.generate(IDS, params, processor=no_repeats)
     assert [list(one.token_ids) for one in done] == plain(on(), params)
     for prompt, one in zip(IDS, done, strict=True):
-        seen = [*prompt, *one.token_ids]
         assert all(token % 2 == 0 for token in one.token_ids)
-        assert len(set(seen)) == len(set(prompt)) + 10
-        scores = jax.nn.log_softmax(small.logits(seen), axis=-1)
-        wanted = [float(scores[len(prompt) - 1 + i, t]) for i, t in enumerate(one.token_ids)]
-        assert one.logprobs is not None
-        # They are the model's own, whatever the processor did.
-        np.testing.assert_allclose([x.logprob for x in one.logprobs], wanted, atol=1e-4)
+        assert len({*prompt, *one.token_ids}) == len(set(prompt)) + 10
+    start = len(IDS[0]) - 1
+    scores = jax.nn.log_softmax(small.logits([*IDS[0], *done[0].token_ids]), axis=-1)
+    wanted = [float(scores[start + i, token]) for i, token in enumerate(done[0].token_ids)]
+    assert done[0].logprobs is not None
+    # They are the model's own, whatever the processor did.
+    np.testing.assert_allclose([x.logprob for x in done[0].logprobs], wanted, atol=1e-4)
     with small.stream(IDS[0], params[0], processor=no_repeats) as stream:
         assert list(stream) == []  # no tokenizer, no text
     assert stream.completion.token_ids == done[0].token_ids
-    free = small.generate(IDS[0], max_tokens=2, temperature=0)
-    best = jnp.argmax(small.logits([*IDS[0], *free.token_ids]), axis=-1)
-    assert list(free.token_ids) == best[len(IDS[0]) - 1 : -1].tolist()
+    free = small.generate(IDS[0], max_tokens=1, temperature=0)
+    assert free.token_ids == (int(jnp.argmax(scores[start])),)
 
 
 def test_processors_do_not_mix_and_wrong_ones_are_refused(llm: js.LLM) -> None:
@@ -295,7 +294,7 @@ def test_a_notebook_sees_bars_that_move_and_one_line_of_compiles(
     shell.execution_count = 2
     log("step: 64 tokens", 2.0)
     assert [len(page) for page in shown.pages[1:]] == [3, 2]
-    assert "compiled 2 programs in 1.5 s, the last: step: 32 tokens" in shown.pages[1][-1]
+    assert "compiled step: 32 tokens in 0.5 s, 2 of this cell" in shown.pages[1][-1]
     monkeypatch.delitem(sys.modules, "IPython")
     log("step: 128 tokens", 2.0)
     assert capsys.readouterr().err == "compiled step: 128 tokens in 2.0 s\n"
