@@ -222,8 +222,8 @@ def _summary(values: list[float]) -> dict[str, float]:
 
 def _table(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['processes']} processes, {result['sequences']} sequences: {result['added_us']} us "
-        f"added to a step, limit {result['limit_us']}"
+        f"{result['processes']} processes, {result['sequences']} sequences: "
+        f"{result['added_us']} us added to a step, limit {result['limit_us']}"
     ]
     for name in (
         "engine_thread_processor_us",

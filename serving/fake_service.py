@@ -113,9 +113,9 @@ class TrickRunner(FakeRunner):
         return super().dispatch(plan)
 
 
-def fake_engine(**fields: Any) -> Engine:
+def fake_engine(step_s: float = 0.0, **fields: Any) -> Engine:
     """Returns an engine over a `FakeRunner`, not started; arguments as `fake_runner`."""
-    runner, config = fake_runner(**fields)
+    runner, config = fake_runner(step_s, **fields)
     return Engine(runner, config)
 
 
