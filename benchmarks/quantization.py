@@ -1,11 +1,11 @@
-"""What rounding to int8 costs in loss, and what it gives in speed on this machine's processor.
+"""What rounding costs in loss, and what it gives in speed on this machine's processor.
 
     python benchmarks/quantization.py --stdlib /usr/lib/python3.12      # where `tiny` learnt from
     python benchmarks/quantization.py --out benchmarks/results/quantization.json
 
-Loss is that of `tiny` on the modules it never saw. Speed is decoding with a 135M-parameter Llama
-shape through the engine, and its weights' products alone; choices take turns, and ratios are
-medians over the rounds.
+Loss is that of `tiny` on the modules it never saw. Speed is decoding one sequence with a
+135M-parameter Llama shape through the engine, and its weights' products alone; choices take turns,
+and ratios are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,23 @@ from jaxserve.layers.linear import linear  # noqa: E402
 from jaxserve.layers.param import Declare, Weight, size_of  # noqa: E402
 from jaxserve.pallas_kernels import kernel_set  # noqa: E402
 from jaxserve.partitioning.collectives import LocalComm  # noqa: E402
-from jaxserve.serving.model_files import quantization  # noqa: E402
+from jaxserve.serving.model_files import kv_rounding, quantization  # noqa: E402
 from jaxserve.training.corpus import read_corpus  # noqa: E402
 from jaxserve.training.dataset import encode_documents  # noqa: E402
 from jaxserve.training.objective import held_out_loss  # noqa: E402
 
-CHOICES = (None, "int8", "w8a8")
+CHOICES = (None, "w8a8")
+ROUNDED = {
+    "bf16": (None, None),
+    "int8": ("int8", None),
+    "w8a8": ("w8a8", None),
+    "int8 KV": (None, "int8"),
+    "fp8 KV": (None, "fp8"),
+    "w8a8, int8 KV": ("w8a8", "int8"),
+}
+"""What is rounded of weights and activations, and of keys and values."""
 WINDOW = 256
-BATCHES = (1, 8, 32)
+BATCHES = (1,)
 PROMPT_TOKENS, DECODE_TOKENS = 128, 64
 
 
@@ -56,12 +65,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--stdlib", type=Path, help="default: that of the running Python")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--every", type=int, default=1, help="of the held-out windows, one in N")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     result = {
         "benchmark": "quantization",
         **machine.facts(),
-        "loss": losses(options.stdlib),
+        "loss": losses(options.stdlib, options.every),
         "speed": speeds(options.rounds),
     }
     text = json.dumps(result, indent=1)
@@ -70,22 +80,25 @@ def main() -> None:
     print(text)
 
 
-def losses(stdlib: Path | None) -> dict[str, Any]:
+def losses(stdlib: Path | None, every: int) -> dict[str, Any]:
     """Returns nats per token of `tiny` on held-out text, and by how much each choice is worse."""
     tokenizer = Tokenizer.from_file(str(locate("tiny") / "tokenizer.json"))
     held_out = np.asarray(encode_documents(read_corpus(stdlib).held_out, tokenizer))
     info, found = inspect(locate("tiny")), {}
-    for choice in CHOICES:
-        declare = Declare(info.dtype, quantize=quantization(choice, info))
-        model = Model(info.config, declare)
-        found[name(choice)] = held_out_loss(model, load_params(info, model), held_out, WINDOW)
-    plain = found[name(None)]
+    for key, (weights, kv) in ROUNDED.items():
+        began = time.perf_counter()
+        rounded, kept = quantization(weights, info), kv_rounding(kv)
+        model = Model(info.config, Declare(info.dtype, quantize=rounded, kv_dtype=kept))
+        found[key] = held_out_loss(model, load_params(info, model), held_out, WINDOW, every)
+        sys.stderr.write(f"{key}: {found[key]:.5f} in {time.perf_counter() - began:.0f} s\n")
+    whole = found["bf16"]
     return {
         "model": "tiny",
         "held_out_tokens": int(held_out.size),
         "window": WINDOW,
+        "every": every,
         "nats_per_token": {key: round(loss, 5) for key, loss in found.items()},
-        "worse_by": {key: round(loss / plain - 1, 5) for key, loss in found.items()},
+        "worse_by": {key: round(loss / whole - 1, 5) for key, loss in found.items()},
     }
 
 
@@ -127,7 +140,7 @@ def chain(ours: Ours) -> Callable[[], float]:
 
     What is rounded in a step, activations too, is rounded here.
     """
-    program, params = ours.llm.program, ours.llm.params
+    program, params = ours.llm.program, plain(ours.llm.params)
     kernels, graph = kernel_set("xla"), nnx.graphdef(program.model.module())
 
     @jax.jit
@@ -159,14 +172,19 @@ def chain(ours: Ours) -> Callable[[], float]:
     return timed
 
 
+def plain(tree: Any) -> Any:
+    """Returns a tree of mappings as one of dicts."""
+    return {k: plain(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
+
+
 def name(choice: str | None) -> str:
     return "bf16" if choice is None else choice
 
 
 def _ratios(of_task: dict[str, list[float]]) -> list[tuple[str, float]]:
-    plain = of_task[name(None)]
+    whole = of_task[name(None)]
     return [
-        (key, round(statistics.median(a / b for a, b in zip(found, plain, strict=True)), 3))
+        (key, round(statistics.median(a / b for a, b in zip(found, whole, strict=True)), 3))
         for key, found in of_task.items()
     ]
 

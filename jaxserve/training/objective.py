@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxserve.layers.cache import NoCache
+from jaxserve.layers.cache import DenseCache, NoCache
 from jaxserve.layers.decoder import Model, Params, forward
 from jaxserve.layers.step import Step
 from jaxserve.pallas_kernels import kernel_set
@@ -18,6 +18,8 @@ from jaxserve.training.dataset import Tokens, evaluation_windows
 def token_losses(model: Model, params: Params, rows: Array) -> Array:
     """Returns float32[B, L]: -log p of rows[b, t + 1] given rows[b, : t + 1], nats.
 
+    Where the model rounds keys and values, they are read from the cache that keeps them.
+
     Args:
         rows: int32[B, L + 1].
     """
@@ -26,7 +28,12 @@ def token_losses(model: Model, params: Params, rows: Array) -> Array:
     step = Step(rows[:, :-1].reshape(-1), positions, positions + 1)
     if model.declare.quantize is None:
         params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    output, _ = forward(model, params, step, NoCache(batch=batch), LocalComm(), kernel_set())
+    comm, kernels = LocalComm(), kernel_set()
+    if model.declare.kv_dtype is None:
+        output, _ = forward(model, params, step, NoCache(batch=batch), comm, kernels)
+    else:
+        cache = DenseCache.create(model.config, batch, length, model.declare, comm, kernels)
+        output, _ = forward(model, params, step, cache, comm, kernels)
     targets = rows[:, 1:].reshape(-1, 1)
     chosen = jnp.take_along_axis(output.logits, targets, axis=1)[:, 0]
     return (jax.nn.logsumexp(output.logits, axis=-1) - chosen).reshape(batch, length)
