@@ -123,6 +123,7 @@ def measure(row: Row) -> dict[str, Any]:
     return {
         **predicted(row),
         "exact": report.exact,
+        "as_served": True,
         "layer_wire_bytes_compiled": report.wire("compiled"),
         "ends_wire_bytes_compiled": report.wire("compiled", Where.ENDS),
         "full_tensor_bytes_compiled": named(report.compiled),
