@@ -216,12 +216,22 @@ def calibrate(
     name: Annotated[str, typer.Option(help="of the chip in that file")] = "here",
     seconds: Annotated[float, typer.Option(help="that a point may take")] = 0.3,
     devices: Annotated[str | None, typer.Option(help="cpu:8 pretends eight devices")] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option("--from", help="what bench --against --json printed, to be taken over"),
+    ] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Measure memory, matrix products and collectives here, and write them as a chip."""
     from jaxserve.planner.calibrate import calibrated
+    from jaxserve.planner.ingest import ingested, read_comparison
 
-    made = calibrated(name, seconds, devices)
+    if measured is None:
+        made = calibrated(name, seconds, devices)
+    elif devices is not None:
+        raise UsageError("--from takes over what was measured; leave --devices out")
+    else:
+        made = ingested(read_comparison(measured), name)
     made.write(out)
     if json_output:
         typer.echo(json.dumps(made.fields() | {"path": str(out)}))

@@ -240,8 +240,11 @@ class Coster:
         yield from self._collectives(tokens, batch)
         yield from self._ends(batch)
         layers = self.share.config.num_layers
-        fixed = layers * self.efficiency.layer_s
-        yield Term("layers", Part.FIXED, layers, "layers", fixed, Origin.FITTED)
+        own = self.on.chip.values.get("layer_s")
+        each, origin = (
+            (self.efficiency.layer_s, Origin.FITTED) if own is None else (own.number, own.origin)
+        )
+        yield Term("layers", Part.FIXED, layers, "layers", layers * each, origin)
         yield Term("host", Part.HOST, 1, "steps", HOST_S, Origin.ASSUMED)
 
     def _product(self, op: Product, tokens: Any) -> Iterator[Term]:

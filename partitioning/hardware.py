@@ -276,7 +276,8 @@ def parse_chips(text: str, origin: str) -> dict[str, Chip]:
 
 _FACTS = {"device_kind": str, "network": str, "host_chips": int, "max_chips": int, "tile": int}
 _NEEDED = ("bfloat16", "hbm_bytes", "hbm", "hop_s")
-_VALUES = (*_NEEDED, "int8", "fp8", "fp4", "link", "links", "inside", "dcn", "pcie", "usd_hour")
+_LINKS = ("link", "links", "inside", "dcn", "pcie")
+_VALUES = (*_NEEDED, "int8", "fp8", "fp4", *_LINKS, "layer_s", "usd_hour")
 _CURVES = ("hbm", "matmul")
 
 

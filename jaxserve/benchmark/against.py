@@ -22,6 +22,7 @@ from jaxserve.partitioning.estimate import Coster, Part
 from jaxserve.partitioning.hardware import parse_chips, slice_of
 from jaxserve.partitioning.layout_file import Layout, read_layout
 from jaxserve.partitioning.placement import Kind
+from jaxserve.planner.calibrate import Calibration, calibrated
 
 POINT_S = 0.05
 """Seconds that a point of the calibration, or a term, may take."""
@@ -32,9 +33,10 @@ BATCH, PROMPT, DECODED = 8, 64, 32
 
 @dataclass(frozen=True)
 class Line:
-    """A term, estimated and measured in seconds."""
+    """A term, estimated and measured in seconds; a product, a collective or the step."""
 
     name: str
+    kind: str
     estimated_s: float
     measured_s: float
 
@@ -45,12 +47,16 @@ class Against:
 
     Attributes:
         model, layout, device: what ran where.
+        num_layers: of the model.
+        calibration: what the estimates are made of.
         lines: terms of a decode step, then the whole of it.
     """
 
     model: str
     layout: str
     device: str
+    num_layers: int
+    calibration: Calibration
     lines: tuple[Line, ...]
 
     def fields(self) -> dict[str, Any]:
@@ -59,6 +65,8 @@ class Against:
             "model": self.model,
             "layout": self.layout,
             "device": self.device,
+            "num_layers": self.num_layers,
+            "calibration": self.calibration.fields(),
             "terms": [vars(line) for line in self.lines],
         }
 
@@ -85,7 +93,6 @@ def against(model: str, path: Path) -> Against:
     """
     layout = read_layout(path)
     _take_devices(layout.mesh.num_devices)
-    from jaxserve.planner.calibrate import calibrated
     from jaxserve.planner.model import plan_config
 
     config = plan_config(model)
@@ -102,8 +109,9 @@ def against(model: str, path: Path) -> Against:
     coster = Coster.of(config, layout.decode, on, dict(layout.mesh.sizes), other=layout.prefill)
     found = coster.estimate(BATCH, 1, PROMPT + DECODED // 2)
     lines = [*_products(coster), *_collectives(coster, layout)]
-    lines.append(Line("the whole step", float(found.time_s), _step_s(model, layout)))
-    return Against(model, str(layout), jax.devices()[0].device_kind, tuple(lines))
+    lines.append(Line("the whole step", "step", float(found.time_s), _step_s(model, layout)))
+    device = jax.devices()[0].device_kind
+    return Against(model, str(layout), device, config.num_layers, made, tuple(lines))
 
 
 def _take_devices(count: int) -> None:
@@ -130,7 +138,7 @@ def _products(coster: Coster) -> list[Line]:
         took = op.turns * _best(lambda x=x, weight=weight: product(x, weight))
         parts = (Part.COMPUTE, Part.WEIGHTS, Part.ACTIVATIONS)
         expected = sum(float(t.seconds) for t in terms if t.name == op.name and t.part in parts)
-        lines.append(Line(op.name, expected, took))
+        lines.append(Line(op.name, "product", expected, took))
     return lines
 
 
@@ -144,7 +152,8 @@ def _collectives(coster: Coster, layout: Layout) -> list[Line]:
         per_byte, hops_s = coster.network.rates(flow.kind, flow.axes)
         took = flow.count * _best(_collective(flow.kind, flow.axes, int(full), mesh))
         expected = flow.count * (full * per_byte + hops_s)
-        lines.append(Line(f"{flow.count} x {flow.kind} over {' '.join(flow.axes)}", expected, took))
+        name = f"{flow.count} x {flow.kind} over {' '.join(flow.axes)}"
+        lines.append(Line(name, "collective", expected, took))
     return lines
 
 

@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class Calibration:
         matmul: (rows, operations per second).
         gathered: (bytes of the full tensor, seconds), empty for one device.
         dtype: of the products.
+        layer_s: fixed seconds of a layer, None where no model was run.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Calibration:
     matmul: tuple[tuple[int, float], ...]
     gathered: tuple[tuple[int, float], ...]
     dtype: str
+    layer_s: float | None = None
 
     @property
     def start_s(self) -> float:
@@ -74,15 +76,7 @@ class Calibration:
 
     def fields(self) -> dict[str, Any]:
         """Returns the measurements as JSON shows them."""
-        return {
-            "name": self.name,
-            "device_kind": self.device_kind,
-            "num_devices": self.num_devices,
-            "memory_bytes": self.memory_bytes,
-            "read": self.read,
-            "matmul": self.matmul,
-            "gathered": self.gathered,
-        }
+        return asdict(self)
 
     def text(self) -> str:
         """Returns a table like those of `partitioning/hardware.toml`."""
@@ -103,6 +97,8 @@ class Calibration:
             f'hbm = [{read:.4g}, "measured", "{source}"]',
             f'hop_s = [{self.start_s:.4g}, "measured", "{source}"]',
         ]
+        if self.layer_s is not None:
+            lines.append(f'layer_s = [{self.layer_s:.4g}, "measured", "{source}"]')
         if self.num_devices > 1:
             lines.append(f'link = [{self.link:.4g}, "measured", "{source}"]')
             lines.append(f'links = [1, "measured", "{source}"]')
@@ -134,6 +130,8 @@ class Calibration:
             )
         for size, seconds in self.gathered:
             table.add_row("all-gather", f"{size / 2**10:g} KiB", f"{seconds * 1e6:,.0f} us")
+        if self.layer_s is not None:
+            table.add_row("a layer, beside its terms", "", f"{self.layer_s * 1e6:,.0f} us")
         return table
 
 
@@ -148,8 +146,7 @@ def calibrated(name: str, seconds: float = 0.3, devices: str | None = None) -> C
     Raises:
         UsageError: the name is no bare TOML key, or the time is not positive.
     """
-    if not name.replace("-", "").replace("_", "").isalnum():
-        raise UsageError(f"--name {name!r} must be letters, digits, - and _")
+    check_name(name)
     if seconds <= 0:
         raise UsageError(f"--seconds {seconds} must be positive")
     if devices is not None:
@@ -169,6 +166,16 @@ def calibrated(name: str, seconds: float = 0.3, devices: str | None = None) -> C
         _gathers(found, seconds) if len(found) > 1 else (),
         "bfloat16",
     )
+
+
+def check_name(name: str) -> None:
+    """Checks that a chip's name is a bare key of TOML.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not name.replace("-", "").replace("_", "").isalnum():
+        raise UsageError(f"--name {name!r} must be letters, digits, - and _")
 
 
 def _reads(seconds: float) -> tuple[tuple[int, float], ...]:

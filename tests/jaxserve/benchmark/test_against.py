@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from jaxserve.benchmark import against as module
 from jaxserve.cli import app
 from jaxserve.errors import UsageError
+from jaxserve.partitioning.hardware import chips
 from jaxserve.partitioning.layout_file import choose
 from jaxserve.planner.model import plan_config
 
@@ -32,6 +33,19 @@ def test_every_term_is_estimated_and_measured(tmp_path: Path, monkeypatch: pytes
     assert {"MLP in", "attention output"} <= {line["name"] for line in lines}
     assert any("all-gather over" in line["name"] for line in lines)
     assert all(line["estimated_s"] > 0 and line["measured_s"] > 0 for line in lines)
+    measured, chip = tmp_path / "measured.json", tmp_path / "chip.toml"
+    measured.write_text(done.stdout)
+    words = ["plan", "calibrate", "--from", str(measured), "--name", "mine", "--out", str(chip)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.exception
+    assert chips(chip)["mine"].values["layer_s"].number > 0
+
+
+@pytest.mark.slow
+def test_the_whole_step_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "POINT_S", 1e-3)
+    found = module.against("tiny", layout_file(tmp_path, "2,2,2"))
+    assert found.lines[-1].kind == "step" and found.lines[-1].measured_s > 1e-4
 
 
 def test_devices_that_are_missing_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
