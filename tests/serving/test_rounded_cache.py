@@ -77,7 +77,11 @@ def completions(model: js.LLM, prompts: Sequence[Any] = PROMPTS, **fields: Any) 
 
 
 @pytest.mark.parametrize(
-    ("kv_dtype", "dtype"), [(KvDtype.INT8, "bfloat16"), (KvDtype.FP8, "float32")]
+    ("kv_dtype", "dtype"),
+    [
+        (KvDtype.INT8, "bfloat16"),
+        pytest.param(KvDtype.FP8, "float32", marks=pytest.mark.slow),
+    ],
 )
 def test_tokens_and_bits_do_not_depend_on_how_a_prompt_is_cut(
     kv_dtype: KvDtype, dtype: str
