@@ -1,0 +1,38 @@
+"""Every process of a group reads the parts of the weights that its devices hold, and no others."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from .test_multihost_faults import free_port
+
+SCRIPT = Path(__file__).with_name("multihost_loading.py")
+NUM_PROCESSES = 4
+DEADLINE_S = 300
+
+
+def test_four_processes_read_what_they_hold() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), address, str(NUM_PROCESSES), str(index)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(NUM_PROCESSES)
+    ]
+    try:
+        outputs = [process.communicate(timeout=DEADLINE_S) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors
+    found = [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+    for one in found:
+        # The checkpoint's dtype is the model's, and nothing of it is padded.
+        assert one["read"] == one["held"]
+        assert one["read"] < 0.4 * one["whole"]
+    assert sum(one["read"] for one in found) >= found[0]["whole"]
