@@ -7,12 +7,15 @@ compared as well, exactly, because they tell of a changed bit long before a toke
 from __future__ import annotations
 
 import itertools
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 import jax
 import jax.numpy as jnp
 import msgspec
@@ -20,9 +23,10 @@ import numpy as np
 import pytest
 
 from jaxserve import compile_cache
-from jaxserve.api import LLM
+from jaxserve.api import LLM, load
 from jaxserve.checkpoint import inspect, load_params
 from jaxserve.checkpoint.locate import locate
+from jaxserve.cli import app
 from jaxserve.config import (
     Activation,
     AttentionSpec,
@@ -40,6 +44,7 @@ from jaxserve.serving.batch import Ladder
 from jaxserve.serving.build import ModelEngine
 from jaxserve.serving.engine import Engine
 from jaxserve.serving.generation import Program, Prompts, generate
+from jaxserve.serving.http.background import serve_in_background
 from jaxserve.serving.options import (
     EngineOptions,
     history_tokens,
@@ -50,6 +55,8 @@ from jaxserve.serving.pages import GroupLimits
 from jaxserve.serving.request import Request, SamplingParams, TokenEvent
 from jaxserve.serving.runner import ModelRunner
 from jaxserve.serving.sampler import Sampling
+from jaxserve.serving.server_options import ServerOptions
+from jaxserve.serving.service import LocalService, ModelCard
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 DTYPES = ("float32", "bfloat16")
@@ -254,6 +261,39 @@ def kept_programs() -> None:
     compile_cache.enable()
 
 
+FEW = EngineOptions(max_sequences=2, max_step_tokens=16)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[LLM, httpx.Client]]:
+    """Returns the embedded model, and a client of its engine behind HTTP."""
+    served = load("tiny", dtype="float32", engine=FEW, show="silent")
+    card = ModelCard(
+        name="tiny",
+        created=0,
+        architecture="llama",
+        dtype="float32",
+        max_context_tokens=served.config.max_context_tokens,
+        vocab_size=served.config.vocab_size,
+        num_parameters=0,
+    )
+
+    @asynccontextmanager
+    async def local() -> AsyncIterator[LocalService]:
+        service = LocalService(served.engine, served.intake, card)
+        await service.start()
+        try:
+            yield service
+        finally:
+            await service.stop()
+
+    with (
+        serve_in_background(local, ServerOptions(model_name="tiny")) as found,
+        httpx.Client(base_url=found.url + "/v1", timeout=120) as client,
+    ):
+        yield served, client
+
+
 @pytest.fixture(scope="module", params=DTYPES)
 def dtype(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -399,6 +439,28 @@ def test_beams_beside_others_and_others_beside_beams(dtype: str) -> None:
     assert len({tokens for tokens, _ in alone.values()}) == 3
     assert serve(engine(dtype), [*REQUESTS, beams]) == expected(dtype) | alone
     assert serve(engine(dtype, max_prefill_tokens=9), [beams, *REQUESTS]) == expected(dtype) | alone
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0.9, "seed": 7}])
+def test_in_a_notebook_by_command_and_from_a_server(
+    sampling: dict[str, Any], server: tuple[LLM, httpx.Client], capsys: pytest.CaptureFixture[str]
+) -> None:
+    llm, client = server
+    prompt = "class Stack:\n    def __init__(self):\n        self."
+    asked = {"prompt": prompt, "max_tokens": NEW_TOKENS, "return_token_ids": True, "logprobs": 0}
+    body = client.post("/completions", json=asked | sampling).json()["choices"][0]
+    own = load("tiny", dtype="float32", engine=FEW, show="silent")
+    done = own.generate(prompt, max_tokens=NEW_TOKENS, logprobs=0, **sampling)
+    options = [f"--{name}={value}" for name, value in sampling.items()]
+    command = ["generate", prompt, "--dtype=float32", "--json", "--quiet", "--logprobs=0"]
+    app([*command, f"--max-tokens={NEW_TOKENS}", *options], standalone_mode=False)
+    told = json.loads(capsys.readouterr().out)
+    assert tuple(told["token_ids"]) == tuple(body["token_ids"]) == done.token_ids
+    assert told["text"] == body["text"] == done.text
+    scores = tuple(one.logprob for one in done.logprobs)
+    assert tuple(one["logprob"] for one in told["logprobs"]) == scores
+    assert tuple(body["logprobs"]["token_logprobs"]) == scores
+    assert llm is not own
 
 
 FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
