@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from jaxserve.checkpoint import GenerationDefaults, inspect, load_params
 from jaxserve.checkpoint.locate import locate
@@ -524,7 +525,7 @@ class LLM:
         """Returns token ids int32[..., T] of text or of token ids, checked where they are known."""
         if isinstance(tokens, str):
             tokens = self.intake.encode(tokens)
-        known = not isinstance(tokens, jax.core.Tracer)
+        known = not isinstance(tokens, Tracer)
         try:
             tokens = np.asarray(tokens) if known else tokens
         except ValueError:

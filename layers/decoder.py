@@ -12,6 +12,7 @@ static argument.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,7 +44,7 @@ from jaxserve.pallas_kernels import KernelSet
 from jaxserve.partitioning.collectives import Comm
 from jaxserve.partitioning.layout import Stage
 
-Params = dict[str, Any]
+Params = Mapping[str, Any]
 
 _INT8_STD = 127 / 4
 """Of fresh quantised weights: four deviations are the largest value."""

@@ -23,6 +23,7 @@ from jaxserve.config import (
 )
 from jaxserve.layers.block import Block
 from jaxserve.layers.cache import At, NoCache
+from jaxserve.layers.decoder import Params
 from jaxserve.layers.param import Axis, Declare
 from jaxserve.layers.tap import Taps
 
@@ -42,7 +43,7 @@ PARALLEL = replace(SERIAL, block=BlockKind.PARALLEL)
 class Numpy:
     """The parts of a block for single tokens, from the same weights."""
 
-    def __init__(self, params: dict[str, Any]) -> None:
+    def __init__(self, params: Params) -> None:
         self.params = params
 
     def norm(self, name: str, x: np.ndarray) -> np.ndarray:
