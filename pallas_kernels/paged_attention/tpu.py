@@ -58,7 +58,7 @@ class Pages(NamedTuple):
 
     Attributes:
         scales: float32[P, 2 K page_size], by head those of the keys, then those of the values;
-            None where they have none. Whole rows of lanes: no memory is lost to short pages.
+            None where they have none. Flat, so that a short page takes no row of lanes a head.
     """
 
     rows: Array

@@ -90,6 +90,7 @@ def cases(chip: str) -> dict[str, Callable[[], Any]]:
 
     return {
         "stored, decode": paged(AttentionSpec(8, 2, 128), store=True, max_query=1),
+        "stored, int8": paged(AttentionSpec(8, 2, 128), "int8", store=True, max_query=1),
         "int8, mixed": paged(AttentionSpec(4, 2, 64), "int8", 16, 40),
         "fp8, window": paged(
             AttentionSpec(2, 1, 256, window=300, soft_cap=9.0), "float8_e4m3fn",
