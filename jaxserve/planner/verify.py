@@ -4,8 +4,8 @@
     checked.check()                    # raises with the term that differs
 
 A step is traced with abstract weights and compiled ahead of time for the slice, which needs libtpu
-but no TPU; for other chips forced CPU devices stand in, which shows the kinds of collectives and
-their axes alone. A compile that hangs or crashes takes its own process with it, and what was
+but no TPU, or for GPUs, which needs the CUDA plugin but no GPU. Without either, and for other
+chips, forced CPU devices stand in, which shows the kinds of collectives and their axes alone. A compile that hangs or crashes takes its own process with it, and what was
 compiled once is kept by what went in.
 """
 
@@ -36,6 +36,7 @@ from jaxserve.partitioning.estimate import Estimate
 from jaxserve.partitioning.hardware import ChipSlice, Fabric
 from jaxserve.partitioning.layout import PhaseLayout
 from jaxserve.planner.answers import Plan
+from jaxserve.planner.gpu_topology import known
 
 LIMIT_S = 600.0
 """Longest time for one compile."""
@@ -50,7 +51,9 @@ class Question(msgspec.Struct, frozen=True):
     Attributes:
         config, phase, mesh: model, layout, devices along x, y and z.
         batch, slots, length, quantize, kv_dtype: see `lower.Job`.
-        target: a slice that libtpu knows, or None for CPU devices.
+        target: a slice that libtpu knows, or None.
+        gpu: a GPU that the CUDA plugin knows, or None; CPU devices are there for neither.
+        host_chips: GPUs of a host.
         megacore: the two cores of a chip are one device.
     """
 
@@ -61,9 +64,16 @@ class Question(msgspec.Struct, frozen=True):
     slots: int
     length: int
     target: str | None
+    gpu: str | None = None
+    host_chips: int = 8
     megacore: bool = False
     quantize: Quantization | None = None
     kv_dtype: KvDtype | None = None
+
+    @property
+    def stand_in(self) -> bool:
+        """Returns whether CPU devices stand in for the target."""
+        return self.target is None and self.gpu is None
 
 
 @dataclass(frozen=True)
@@ -210,9 +220,11 @@ def verified(plan: Plan, limit_s: float = LIMIT_S) -> Verified:
             slots,
             length,
             on.name if is_tpu else None,
-            on.chip.name == "v4",
-            plan.quantize,
-            plan.kv_dtype,
+            gpu=on.chip.device_kind if not is_tpu and known(on.chip.device_kind) else None,
+            host_chips=on.chip.host_chips,
+            megacore=on.chip.name == "v4",
+            quantize=plan.quantize,
+            kv_dtype=plan.kv_dtype,
         )
         answer, cached = _asked(question, limit_s)
         found.append(_step(name, question, answer, cached, steps[name], on))
@@ -231,8 +243,8 @@ def _step(
     temporary = memory.gathered_bytes + memory.activation_bytes + memory.logits_bytes
     return Step(
         name,
-        question.target or f"cpu:{on.num_devices}",
-        question.target is not None,
+        f"cpu:{on.num_devices}" if question.stand_in else on.name,
+        not question.stand_in,
         answer["predicted"],
         answer["compiled"],
         tuple(answer["copies"]),
@@ -249,7 +261,8 @@ def _step(
 def _asked(question: Question, limit_s: float) -> tuple[dict[str, Any], bool]:
     """Returns (what the child process found, whether it was found before)."""
     text = msgspec.json.encode(question)
-    versions = [_version(name) for name in ("jaxserve", "jax", "libtpu")]
+    packages = ("jaxserve", "jax", "libtpu", "jax-cuda13-plugin")
+    versions = [_version(name) for name in packages]
     key = hashlib.sha256(text + json.dumps(versions).encode()).hexdigest()[:32]
     kept = directory().parent / "verify" / f"{key}.json"
     if kept.is_file():
@@ -262,12 +275,11 @@ def _asked(question: Question, limit_s: float) -> tuple[dict[str, Any], bool]:
 def _compiled(text: bytes, question: Question, limit_s: float) -> str:
     """Returns the last line that a child process prints."""
     devices = question.mesh[0] * question.mesh[1] * question.mesh[2]
-    settings = {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
+    settings = {"JAX_PLATFORMS": "cpu"}
+    if question.stand_in:
+        settings["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     command = [sys.executable, "-m", "jaxserve.planner.verify_child"]
-    what = f"{question.target or 'CPU devices'}, {question.phase}"
+    what = f"{question.target or question.gpu or 'CPU devices'}, {question.phase}"
     try:
         done = subprocess.run(
             command,

@@ -22,11 +22,12 @@ _MEGACORE = "megacore"
 def answer(question: Question) -> dict[str, Any]:
     """Returns the compiled step beside its plan."""
     from jaxserve.planner.check import check
+    from jaxserve.planner.gpu_topology import Gpus
     from jaxserve.planner.lower import Job
     from jaxserve.planner.topology import Slice
 
     plan = MeshPlan(*question.mesh)
-    dtype = "bfloat16" if question.target is not None else "float32"
+    dtype = "float32" if question.stand_in else "bfloat16"
     job = Job(
         question.config,
         question.phase,
@@ -39,10 +40,12 @@ def answer(question: Question) -> dict[str, Any]:
         kv_dtype=question.kv_dtype,
     )
     on: Any
-    if question.target is None:
-        on = _Here(plan)
-    else:
+    if question.target is not None:
         on = Slice(question.target, plan, _MEGACORE if question.megacore else None)
+    elif question.gpu is not None:
+        on = Gpus(question.gpu, plan, question.host_chips)
+    else:
+        on = _Here(plan)
     report = check(job, on)
     return {
         "predicted": _named(report.predicted),

@@ -1,5 +1,6 @@
 """A plan beside its compiler, and what is said where they differ."""
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,6 +80,28 @@ def test_a_small_model_is_compiled_for_a_slice(monkeypatch: pytest.MonkeyPatch, 
     assert all(step.cached for step in verified(plan).steps)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is None
+    or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
+    reason="the CUDA plugin, a compiler for GPUs, is not installed: pip install 'jaxserve[verify]'",
+)
+def test_a_small_model_is_compiled_for_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("JAXSERVE_CACHE_DIR", str(tmp_path))
+    plan = planner.search(
+        "llama-3.2-1b",
+        "h100:4",
+        input_tokens=256,
+        output_tokens=64,
+        batch=(16, 16),
+        max_replicas=1,
+    )
+    found = verified(plan)
+    found.check()
+    assert [step.on for step in found.steps] == ["h100:4", "h100:4"]
+    assert all(step.exact and step.predicted for step in found.steps)
+
+
 def test_what_cannot_be_built_is_refused():
     plan = planner.search(
         "llama-3-8b",
@@ -112,6 +135,7 @@ def test_devices_of_a_processor_stand_in_for_other_chips(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     monkeypatch.setenv("JAXSERVE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("jaxserve.planner.verify.known", lambda kind: False)
     plan = planner.search(
         "tiny", "h100:2", input_tokens=64, output_tokens=16, batch=(8, 8), max_replicas=1
     )
