@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 from jaxserve.errors import ConfigError, UnavailableError
@@ -181,7 +181,7 @@ class Follower:
         self._close()
 
     @contextlib.contextmanager
-    def _at_work(self) -> Any:
+    def _at_work(self) -> Iterator[None]:
         """Notes that the block is one turn."""
         self._turn += 1
         self._busy = True

@@ -15,8 +15,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from jaxserve.errors import JaxserveError
 from jaxserve.serving.engine_child import EngineChild
@@ -168,7 +167,7 @@ class Member:
         return " | ".join(parts)
 
     @contextlib.asynccontextmanager
-    async def _telling(self) -> Any:
+    async def _telling(self) -> AsyncIterator[None]:
         """Tells health while the block runs, on request."""
         host, port = self._health
         if port is None:
