@@ -98,7 +98,7 @@ def write_and_attend(
 
     A backend may store a token while it attends.
     """
-    places = {"page_size": page_size, "pinned_pages": pinned_pages}
+    places: dict[str, Any] = {"page_size": page_size, "pinned_pages": pinned_pages}
     pages = write_pages(pages, k, v, page_table, row_of_token, q_pos, **places)
     out = paged_attention(
         q, pages, page_table, q_start, kv_len, q_pos, spec,

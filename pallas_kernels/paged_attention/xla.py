@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -198,7 +198,7 @@ def write_and_attend(
     max_query: int | None = None,
 ) -> tuple[Array, Pages]:
     """Returns (attention [T, N, H], the pages with k and v); see `reference.write_and_attend`."""
-    places = {"page_size": page_size, "pinned_pages": pinned_pages}
+    places: dict[str, Any] = {"page_size": page_size, "pinned_pages": pinned_pages}
     pages = write_pages(pages, k, v, page_table, row_of_token, q_pos, **places)
     out = paged_attention(
         q, pages, page_table, q_start, kv_len, q_pos, spec,
@@ -549,11 +549,8 @@ def _block_of(
     key_runs, value_runs = lax.optimization_barrier((key_runs, value_runs))
     k = keys.reshape(-1, run * head).at[key_runs].get(mode="promise_in_bounds")
     v = values.reshape(-1, run).at[value_runs].get(mode="promise_in_bounds")
-    if scales is not None:
-        both = (x.reshape(-1, run).at[key_runs].get(mode="promise_in_bounds") for x in scales)
-        k, v, *both = lax.optimization_barrier((k, v, *both))
-    else:
-        k, v = lax.optimization_barrier((k, v))
+    both = [x.reshape(-1, run).at[key_runs].get(mode="promise_in_bounds") for x in scales or ()]
+    k, v, *both = lax.optimization_barrier((k, v, *both))
     shape = len(key_runs), heads
     k, v = k.reshape(*shape, KEY_BLOCK, head), v.reshape(*shape, rows, KEY_BLOCK)
     if scales is None:

@@ -51,14 +51,13 @@ def attention(
     tile = Tile(256, 256, 16, cores)
 
     def call(pages: Any, q: Any, k: Any, rest: Any) -> Any:
-        table, *at = rest
+        table, q_start, kv_len, q_pos = rest
+        at = q_start, kv_len, q_pos, spec
         given: dict[str, Any] = {"page_size": page_size, "tile": tile, **options}
         if store:
-            row = row_of_tokens(at[0], tokens)
-            return tpu.write_and_attend(
-                q, k, k, pages, table, row, *at, spec, interpret=False, **given
-            )
-        return tpu.paged_attention(q, pages, table, *at, spec, interpret=False, **given)
+            row = row_of_tokens(q_start, tokens)
+            return tpu.write_and_attend(q, k, k, pages, table, row, *at, interpret=False, **given)
+        return tpu.paged_attention(q, pages, table, *at, interpret=False, **given)
 
     donated = (0,) if store else ()
     return jax.jit(call, donate_argnums=donated).lower(pages, q, k, rest).compile()

@@ -61,17 +61,17 @@ def filled(case: Case, rng: np.random.Generator) -> tuple[reference.Pages, tpu.P
     dtype = jnp.dtype(case.pages_dtype or case.dtype)
     shape = count, case.page_size, heads, head
     factor = 40 if dtype == jnp.int8 else 1
-    both = [jnp.asarray(rng.normal(size=shape) * factor, dtype) for _ in range(2)]
+    k, v = (jnp.asarray(rng.normal(size=shape) * factor, dtype) for _ in range(2))
     rows = np.zeros((count, heads, case.page_size, row_lanes(head)), dtype)
-    for lane, x in zip((0, value_lane(head)), both, strict=True):
+    for lane, x in zip((0, value_lane(head)), (k, v), strict=True):
         rows[..., lane : lane + head] = np.asarray(x).transpose(0, 2, 1, 3)
     if dtype.itemsize > 1:
-        return reference.Pages(*both), tpu.Pages(jnp.asarray(rows))
+        return reference.Pages(k, v), tpu.Pages(jnp.asarray(rows))
     scales = rng.uniform(0.5, 1.5, (2, *shape[:3])).astype(np.float32) / factor
     flat = scales.transpose(1, 0, 3, 2).reshape(count, -1)
     keys, values = map(jnp.asarray, scales)
     return (
-        reference.Pages(*both, (keys, values)),
+        reference.Pages(k, v, (keys, values)),
         tpu.Pages(jnp.asarray(rows), jnp.asarray(flat)),
     )
 

@@ -46,8 +46,9 @@ def test_values_that_are_not_finite_become_zeros() -> None:
 def test_pages_are_the_same_however_a_sequence_is_cut(dtype: str, backend: str) -> None:
     whole, cut = (_filled(dtype, backend, written) for written in (40, 7))
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(cut), strict=True):
-        np.testing.assert_array_equal(*(np.asarray(x.astype(jnp.float32)) for x in (one, other)))
-        assert np.asarray(one.astype(jnp.float32)).any()
+        first, second = (np.asarray(x.astype(jnp.float32)) for x in (one, other))
+        np.testing.assert_array_equal(first, second)
+        assert first.any()
 
 
 def _filled(dtype: str, backend: str, written: int) -> object:
