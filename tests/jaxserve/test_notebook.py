@@ -19,6 +19,7 @@ import jaxserve as js
 from jaxserve import progress
 from jaxserve.checkpoint import convert
 from jaxserve.checkpoint.locate import locate
+from jaxserve.notebook.requests import Batch
 from jaxserve.partitioning.devices import unused_accelerator
 from jaxserve.partitioning.layout_file import choose
 from jaxserve.progress import CompileLog, Meter, Page, Show, reporter
@@ -39,7 +40,10 @@ def llm() -> js.LLM:
     return js.load("tiny", dtype="float32", engine=ENGINE, show="silent")
 
 
-@pytest.mark.parametrize("when", ["in the sinks", "while the device works", "when all is begun"])
+PLACES = ["in the sinks", "while the device works", "when all is begun", "between steps"]
+
+
+@pytest.mark.parametrize("when", PLACES)
 def test_ctrl_c_leaves_the_model_usable(
     llm: js.LLM, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,9 +60,12 @@ def test_ctrl_c_leaves_the_model_usable(
 
     with monkeypatch.context() as patch:
         name = "collect" if when == "while the device works" else "dispatch"
-        original = getattr(llm.runner, name)
+        original: Any = getattr(llm.runner, name)
         if when == "in the sinks":
             patch.setattr(llm.engine, "after_events", interrupted)
+        elif when == "between steps":
+            original = Batch._submit
+            patch.setattr(Batch, "_submit", interrupted)
         else:
             patch.setattr(llm.runner, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
