@@ -5,8 +5,9 @@
 
 A step is traced with abstract weights and compiled ahead of time for the slice, which needs libtpu
 but no TPU, or for GPUs, which needs the CUDA plugin but no GPU. Without either, and for other
-chips, forced CPU devices stand in, which shows the kinds of collectives and their axes alone. A compile that hangs or crashes takes its own process with it, and what was
-compiled once is kept by what went in.
+chips, forced CPU devices stand in, which shows the kinds of collectives and their axes alone. A
+compile that hangs or crashes takes its own process with it, and what was compiled once is kept by
+what went in.
 """
 
 from __future__ import annotations
