@@ -138,11 +138,11 @@ def test_a_row_ends_with_its_stop_token(program: Program, params: Params) -> Non
 def test_the_loop_ends_with_its_last_row(program: Program, params: Params) -> None:
     calls: list[int] = []
 
-    def counted(*args: Any, **options: Any) -> Array:
+    def counted(*args: Any, **options: Any) -> Any:
         jax.debug.callback(lambda: calls.append(1))
-        return program.kernels.paged_attention(*args, **options)
+        return program.kernels.write_and_attend(*args, **options)
 
-    counting = replace(program, kernels=replace(program.kernels, paged_attention=counted))
+    counting = replace(program, kernels=replace(program.kernels, write_and_attend=counted))
     first = run(program, params).tokens[:, 0].tolist()
     found = run(counting, params, stops=[(token,) for token in first])
     jax.effects_barrier()
