@@ -53,10 +53,14 @@ def built(folder: Path) -> list[dict[str, Any]]:
 def replace(document: Any, path: str, value: Any) -> None:
     *way, last = [part.replace("~1", "/") for part in path.split("/")[1:]]
     for part in way:
-        document = document[int(part) if isinstance(document, list) else part]
-    key = int(last) if isinstance(document, list) else last
+        document = document[_key(document, part)]
+    key = _key(document, last)
     document[key]  # what is replaced exists
     document[key] = value
+
+
+def _key(document: Any, part: str) -> Any:
+    return int(part) if isinstance(document, list) else part
 
 
 def one(documents: list[dict[str, Any]], kind: str) -> dict[str, Any]:

@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from .test_mesh_engine import on_one_device
 
 SCRIPT = Path(__file__).with_name("mesh_process.py")
 DEADLINE_S = 500
 
 
+@pytest.mark.slow  # tests/serving/test_multihost_model.py serves from two processes
 def test_two_processes_give_the_tokens_of_one_device() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
