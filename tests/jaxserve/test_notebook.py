@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 import types
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,18 @@ def llm() -> js.LLM:
     return js.load("tiny", dtype="float32", engine=ENGINE, show="silent")
 
 
+@pytest.fixture
+def listening() -> Iterator[None]:
+    """Takes interrupts as a terminal's programs do; shells have those beside them ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 PLACES = ["in the sinks", "while the device works", "when all is begun", "between steps"]
 
 
+@pytest.mark.usefixtures("listening")
 @pytest.mark.parametrize("when", PLACES)
 def test_ctrl_c_leaves_the_model_usable(
     llm: js.LLM, when: str, monkeypatch: pytest.MonkeyPatch

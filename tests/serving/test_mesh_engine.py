@@ -68,7 +68,6 @@ class Case(NamedTuple):
 
 PAIRWISE = (
     Case((2, 2, 2), Ffn.WG_XY, Ffn.WS2D, Heads.BATCH),
-    Case((1, 2, 4), Ffn.WG_X, Ffn.WS2D, Heads.HEADS_BATCH_XY),
     Case((8, 1, 1), Ffn.WS1D, Ffn.WS1D, Heads.HEADS),
 )
 ALL = [

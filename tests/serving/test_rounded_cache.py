@@ -76,12 +76,9 @@ def completions(model: js.LLM, prompts: Sequence[Any] = PROMPTS, **fields: Any) 
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kv_dtype", "dtype"),
-    [
-        (KvDtype.INT8, "bfloat16"),
-        pytest.param(KvDtype.FP8, "float32", marks=pytest.mark.slow),
-    ],
+    ("kv_dtype", "dtype"), [(KvDtype.INT8, "bfloat16"), (KvDtype.FP8, "float32")]
 )
 def test_tokens_and_bits_do_not_depend_on_how_a_prompt_is_cut(
     kv_dtype: KvDtype, dtype: str
@@ -128,11 +125,12 @@ def test_the_functional_core_draws_the_engines_tokens(kv_dtype: KvDtype) -> None
     assert tuple(tokens) == tuple(completions(llm(kv_dtype))[0][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "names"),
     [
-        pytest.param((2, 2, 2), {"layout": "ws2d"}, marks=pytest.mark.slow),
-        pytest.param((2, 2, 1), {"layout": "ws2d", "attention": "batch"}, marks=pytest.mark.slow),
+        ((2, 2, 2), {"layout": "ws2d"}),
+        ((2, 2, 1), {"layout": "ws2d", "attention": "batch"}),
         ((2, 2, 1), {"layout": "ws2d", "attention": "sequence"}),
     ],
     ids=["heads", "batch", "sequence"],

@@ -471,7 +471,6 @@ UNLIKE = {
     "gpt2": "float32",  # learned positions
     "phi3-long": "float32",  # rotations that depend on the length
     "qwen3_moe": "bfloat16",  # experts, norms of heads
-    "tiny": "bfloat16",
 }
 """Models that an engine could treat differently, in one dtype; all others are slow tests."""
 
