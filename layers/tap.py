@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 
 import jax.numpy as jnp
 from jax import Array
+from jax.errors import TracerArrayConversionError
 
 from jaxserve.errors import UsageError
 
@@ -33,7 +34,7 @@ class Taps:
             computed, [T, ...].
 
     Raises:
-        UsageError: an edit is no function.
+        UsageError: a name is no text, or an edit no function.
     """
 
     def __init__(
@@ -47,6 +48,11 @@ class Taps:
         self._shape = shape
         self._met: dict[str, bool] = {}  # name -> whether it can be edited
         self.captured: dict[str, Array] = {}
+        for name in (*self._capture, *self._edit):
+            if not isinstance(name, str):
+                raise UsageError(
+                    f"{name!r:.80} is no name of an activation; use text, such as 'layers.*.resid'"
+                )
         for name, change in self._edit.items():
             if not callable(change):
                 raise UsageError(
@@ -124,7 +130,22 @@ def _fits(name: str, pattern: str) -> bool:
 
 def _changed(name: str, change: Callable[[Array], Array], x: Array) -> Array:
     """Returns what an edit gives."""
-    found = jnp.asarray(change(x))
+    try:
+        given = change(x)
+    except TracerArrayConversionError as error:
+        raise UsageError(
+            f"the edit of {name} needs the numbers of the activation, and is compiled before there "
+            "are any; use jax.numpy and functions of JAX in it"
+        ) from error
+    try:
+        found = jnp.asarray(given)
+    except (TypeError, ValueError):  # None, as of a function without return, or text
+        found = None
+    if found is None or jnp.iscomplexobj(found):
+        raise UsageError(
+            f"the edit of {name} gave {given!r:.80}, which is no array of real numbers; give back "
+            f"one of shape {x.shape}"
+        )
     if found.shape != x.shape:
         raise UsageError(
             f"the edit of {name} gave shape {found.shape}, and the activation has {x.shape}; "

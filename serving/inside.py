@@ -10,11 +10,12 @@ collectives: every activation is then one array, whatever the layout.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
 from jax import Array
 
+from jaxserve.errors import ContextLengthError, UsageError
 from jaxserve.layers.cache import NoCache
 from jaxserve.layers.decoder import Params, forward
 from jaxserve.layers.step import Step
@@ -37,7 +38,16 @@ def inside(
 
     Args:
         stored: params are as the program stores them; else one by one, as `views` gives them.
+
+    Raises:
+        UsageError: `edit` is no mapping; from the function, when there are no tokens.
+        ContextLengthError: from the function, when there are more than the context holds.
     """
+    if edit is not None and not isinstance(edit, Mapping):
+        raise UsageError(
+            f"edit={edit!r:.80} is no mapping; use names with functions, such as "
+            "{'layers.0.resid': lambda x: 0 * x}"
+        )
     model, kernels = single(program.model), program.kernels
     if program.mesh is not None:
         kernels = kernel_set("xla")  # what the compiler can divide
@@ -46,7 +56,13 @@ def inside(
         if stored:
             params = views(program.model, params, None)
         shape = tokens.shape
-        length = shape[-1]
+        length, most = shape[-1], model.config.max_context_tokens
+        if not tokens.size:
+            raise UsageError(f"there are no tokens in {list(shape)}; give at least one")
+        if length > most:
+            raise ContextLengthError(
+                f"a sequence of {length} tokens exceeds the context of {most}; shorten it"
+            )
         batch = tokens.size // length
         positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
         step = Step(tokens.reshape(-1), positions, jnp.full_like(positions, length))

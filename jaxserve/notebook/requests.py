@@ -176,7 +176,23 @@ class _Reading:
 
 
 def is_single(prompts: Any) -> bool:
-    """Returns whether `prompts` is one prompt: a string, or a flat list of ints."""
-    return isinstance(prompts, str) or (
-        len(prompts) > 0 and all(isinstance(item, int | np.integer) for item in prompts)
+    """Returns whether `prompts` is one prompt: a string, or a flat list of ints.
+
+    Raises:
+        UsageError: it is neither that nor a list of such.
+    """
+    if isinstance(prompts, str):
+        return True
+    if _is_list(prompts):
+        if len(prompts) and all(isinstance(item, int | np.integer) for item in prompts):
+            return True
+        if all(isinstance(item, str) or _is_list(item) for item in prompts):
+            return False
+    raise UsageError(
+        f"a prompt is text or a list of token ids, prompts are a list of them: {prompts!r:.80}; "
+        "make an array a list with .tolist()"
     )
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence | np.ndarray) and not isinstance(value, bytes | str)

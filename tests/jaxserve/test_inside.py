@@ -125,6 +125,11 @@ def test_bytes_are_bounded_before_anything_runs() -> None:
         ({"edit": {"residual": jnp.negative}}, js.UsageError, "edit=residual names no .*input, "),
         ({"edit": {"final": 3}}, js.UsageError, "is no function"),
         ({"edit": {"final": lambda x: x[0]}}, js.UsageError, r"gave shape \(48,\)"),
+        ({"edit": {"final": lambda x: None}}, js.UsageError, "gave None, which is no array"),
+        ({"edit": {"final": lambda x: 1j * x}}, js.UsageError, "no array of real numbers"),
+        ({"edit": {"final": np.asarray}}, js.UsageError, "use jax.numpy"),
+        ({"edit": ["final"]}, js.UsageError, "is no mapping"),
+        ({"capture": [3]}, js.UsageError, "3 is no name"),
         ({"tokens": [[1], [2, 3]]}, js.UsageError, "lists of one length"),
         ({"tokens": [97]}, js.UsageError, "97 is outside"),
         ({"tokens": [1] * 65}, js.ContextLengthError, "65 tokens exceeds the context of 64"),
@@ -170,6 +175,11 @@ def test_logits_take_tokens_or_embeddings_of_the_right_width() -> None:
         small().logits()
     with pytest.raises(js.UsageError, match=r"expected \[\.\.\., tokens, 48\]"):
         small().logits(embeddings=jnp.zeros((3, 47)))
+    for shape in ((0, 48), (0, 3, 48)):
+        with pytest.raises(js.UsageError, match="there are no tokens"):
+            small().logits(embeddings=jnp.zeros(shape))
+    with pytest.raises(js.ContextLengthError, match="65 tokens exceeds the context of 64"):
+        small().logits(embeddings=jnp.zeros((65, 48)))
     with pytest.raises(js.UsageError, match=r"params\['final_norm'\]\['scale'\] has shape None"):
         small().logits([1], params={"embedding": small().params["embedding"]})
 
