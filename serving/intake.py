@@ -165,6 +165,10 @@ class Intake:
         """
         if self.tokenizer is None:
             raise TokenizerError("this checkpoint has no tokenizer; chat needs one")
+        if isinstance(messages, Mapping) or not all(isinstance(m, Mapping) for m in messages):
+            raise UsageError(
+                'messages must be a list of mappings, as in [{"role": "user", "content": "..."}]'
+            )
         size = sum(len(c) for m in messages if isinstance(c := m.get("content"), str))
         if size > self.max_text_chars:
             raise ContextLengthError(

@@ -133,7 +133,7 @@ def placed(program: Program, params: Params) -> Params:
         given = dict(leaves_of(stored(model, tree_of(_padded(alone, given).items()))))
     elif place is None:
         _check_devices(given)
-        return tree_of(given.items())
+        return tree_of((path, jnp.asarray(value)) for path, value in given.items())
     flat = _padded(model, given)
     if place is not None:
         axes = {path: leaf.axes for path, leaf in named_parameters(model.module())}

@@ -315,3 +315,18 @@ def test_a_notebook_sees_bars_that_move_and_one_line_of_compiles(
     monkeypatch.delitem(sys.modules, "IPython")
     log("step: 128 tokens", 2.0)
     assert capsys.readouterr().err == "compiled step: 128 tokens in 2.0 s\n"
+
+
+def test_numpy_weights_are_put_on_the_device(llm: js.LLM) -> None:
+    weights = jax.tree.map(np.asarray, llm.params)
+    made = js.LLM(llm.config, weights, llm.tokenizer, engine=ENGINE)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(made.params))
+    assert "million parameters" in repr(made)
+    made.update(weights)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(made.params))
+
+
+@pytest.mark.parametrize("messages", ["hi", ["hi"], {"role": "user", "content": "hi"}])
+def test_messages_that_are_no_mappings_are_refused(llm: js.LLM, messages: Any) -> None:
+    with pytest.raises(js.UsageError, match="list of mappings"):
+        llm.chat(messages)
