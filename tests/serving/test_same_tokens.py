@@ -474,13 +474,12 @@ UNLIKE = {
 }
 """Models that an engine could treat differently, in one dtype; all others are slow tests."""
 
-SMALL_HEADS = {("bloom", "float32")}
-"""Heads of 7 features, of which docs/engine.md says that float32 may differ in its last bits."""
+LAST_BITS = {("bloom", "float32"), ("mpt", "float32"), ("qwen3_moe", "float32")}
+"""Of heads of 8 features or fewer float32 may differ in its last bits: see docs/engine.md."""
 
 
 def _marks(name: str, dtype: str) -> list[pytest.MarkDecorator]:
-    slow = [] if UNLIKE.get(name) == dtype else [pytest.mark.slow]
-    return slow + [pytest.mark.xfail(strict=True)] * ((name, dtype) in SMALL_HEADS)
+    return [] if UNLIKE.get(name) == dtype else [pytest.mark.slow]
 
 
 MODELS = [
@@ -498,8 +497,16 @@ def test_of_every_family(name: str, dtype: str) -> None:
     wanted = functional(loaded, requests, width=23, slots=35)
     options = EngineOptions(max_sequences=2, max_step_tokens=16, page_size=8)
     used = ModelEngine.create(*loaded, options).engine
-    assert serve(used, requests) == wanted
-    assert serve(used, requests) == wanted  # and once more, from pages that are there
+    for _ in range(2):  # and once more, from pages that are there
+        found = serve(used, requests)
+        if (name, dtype) in LAST_BITS:
+            assert {key: one[0] for key, one in found.items()} == {
+                key: one[0] for key, one in wanted.items()
+            }
+            for key, one in found.items():
+                assert one[1] == pytest.approx(wanted[key][1], abs=1e-5)
+        else:
+            assert found == wanted
     attentions = [layer.attention for layer in loaded.program.model.config.layers]
     if all(a.window is None and not (a.rope and a.rope.by_length) for a in attentions):
         assert used.metrics.scheduler.prefix_hit_tokens > 0
