@@ -1,0 +1,82 @@
+"""What the kernels for Hopper share: who can run them, swizzles, and where they are interpreted.
+
+They are written in Mosaic GPU, which multiplies with wgmma and copies with the tensor memory
+accelerator. Off the GPU they are interpreted, thread by thread and barrier by barrier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxserve.errors import UnsupportedError
+
+FIRST = (0, 11, 2)
+"""First JAX whose Mosaic GPU has all that the kernels use, the interpreter included."""
+
+NUM_CORES = 132
+"""Multiprocessors of an H100."""
+
+SMEM_BYTES = 227 * 1024
+"""Shared memory that one block of threads may have."""
+
+ROWS = 64
+"""Rows of one wgmma."""
+
+
+def require() -> None:
+    """Checks that this JAX has what the kernels are written in.
+
+    Raises:
+        UnsupportedError: it is too old.
+    """
+    if jax.__version_info__ < FIRST:
+        raise UnsupportedError(
+            f"backend='gpu' needs jax >= {'.'.join(map(str, FIRST))} and this is {jax.__version__};"
+            " use 'xla', or a newer jax"
+        )
+
+
+def swizzled(columns: int, dtype: Any) -> tuple[Any, ...]:
+    """Returns the transforms of rows of `columns` in shared memory, as wgmma and copies have them.
+
+    The widest swizzle that the rows are a multiple of: no bank is asked twice at a time.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    size = jnp.dtype(dtype).itemsize
+    width = next(w for w in (128, 64, 32, 16) if columns * size % w == 0)
+    if width == 16:
+        return ()
+    return plgpu.TilingTransform((8, width // size)), plgpu.SwizzleTransform(width)
+
+
+def interpreter() -> Any:
+    """Returns the parameters that interpret a kernel with its races reported."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.InterpretGPUParams(detect_races=True)
+
+
+def on_platform(run: Callable[..., Any], interpret: Any, *given: Any) -> Any:
+    """Returns `run(interpret, *given)`; where `interpret` is None, compiled for CUDA alone.
+
+    Args:
+        run: takes False to compile, or the parameters of the interpreter.
+    """
+    if interpret is not None:
+        return run(interpret, *given)
+
+    def compiled(*given: Any) -> Any:
+        return run(False, *given)
+
+    def interpreted(*given: Any) -> Any:
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        return run(plgpu.InterpretGPUParams(), *given)
+
+    return lax.platform_dependent(*given, cuda=compiled, default=interpreted)
