@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from jaxserve.config import AttentionSpec
 from jaxserve.errors import UnsupportedError, UsageError
 from jaxserve.partitioning.collective_matmul import gathered_product
-from jaxserve.partitioning.layout import HIDDEN_ORDER, PhaseLayout, Ring, Stage
+from jaxserve.partitioning.layout import HIDDEN_ORDER, PhaseLayout, Stage
 from jaxserve.partitioning.placement import Dim, Kind, Move, Placement, moves
 from jaxserve.partitioning.stripe import Stripe
 
@@ -299,13 +299,7 @@ class MeshComm:
         Where a gather over one axis comes last, its pieces may go around beside the product.
         """
         plan = self._moves(self.placement(source), self.placement(Stage.CONTRACTED))
-        ring, last = self.phase.overlap, plan[-1] if plan else None
-        if (
-            ring is Ring.PLAIN
-            or last is None
-            or (last.kind, last.dim) != (Kind.ALL_GATHER, Dim.FEATURES)
-            or len(last.axes) != 1
-        ):
+        if not self.phase.goes_around(plan):
             return product(self._carry(x, plan), values, x.dtype)
 
         def terms(piece: Array, first: Array) -> Array:
@@ -313,7 +307,7 @@ class MeshComm:
             return product(piece, own, jnp.dtype("float32"))
 
         x = self._carry(x, plan[:-1])
-        return gathered_product(x, terms, last.axes[0], ring).astype(x.dtype)
+        return gathered_product(x, terms, plan[-1].axes[0], self.phase.overlap).astype(x.dtype)
 
     def distribute(self, parts: Sequence[Part]) -> list[Array]:
         """Returns what the first projections give, each where it is needed.
@@ -540,6 +534,8 @@ class MeshComm:
                 if move.to is Dim.TOKENS:
                     return self._to_tokens(x, move)
                 return self._to_features(x, move)
+            case Kind.PERMUTE:
+                raise ValueError("pieces go around beside a product alone: see `contract`")
 
     def _scatter_bundled(self, parts: Sequence[Part], move: Move) -> list[Array]:
         """Returns [T, F, ...] {partial} summed and scattered in one collective.

@@ -8,7 +8,8 @@
 It applies the moves that `MeshComm` carries out to shapes, so nothing is fitted and no layout is
 named here. Convention: over K devices, the bytes that one receives are (K-1)/K times the full
 tensor: the result of an all-gather, the operand of a reduce-scatter or an all-to-all, and twice the
-tensor of an all-reduce. Split over axes, such figures add up to that of the whole. No JAX.
+tensor of an all-reduce. Split over axes, such figures add up to that of the whole. A permute
+counts what it brings. No JAX.
 
 Source: Pope et al. 2022, section 3 and appendix A.1.
 """
@@ -55,7 +56,7 @@ class Collective:
         kind: a `Kind`, or what else a compiler made.
         axes: in the order of the mesh.
         dtype: as XLA prints it, such as "bf16".
-        bytes: of the full tensor, see above.
+        bytes: of the full tensor, see above; of permutes, what a device receives.
         where: part of the program.
     """
 
@@ -67,6 +68,8 @@ class Collective:
 
     def wire_bytes(self, sizes: Mapping[str, int]) -> float:
         """Returns the bytes that one device receives."""
+        if self.kind == Kind.PERMUTE:
+            return float(self.bytes)
         count = math.prod(sizes[axis] for axis in self.axes)
         passes = 2 if self.kind == Kind.ALL_REDUCE else 1
         return passes * self.bytes * (count - 1) / count
@@ -237,6 +240,17 @@ class _Meter:
         plan = self.moves(lies, self.placement(target))
         yield from self.carry(self.local(self.tokens, features, lies), plan, where=where)
 
+    def contract(self, features: int, source: Stage) -> Iterator[Collective]:
+        """Yields what `Comm.contract` of [T, features] sends: pieces go around where they may."""
+        lies = self.placement(source)
+        plan = self.moves(lies, self.placement(Stage.CONTRACTED))
+        sent = list(self.carry(self.local(self.tokens, features, lies), plan))
+        if self.phase.goes_around(plan):
+            *sent, whole = sent
+            received = int(whole.wire_bytes(self.sizes))
+            sent.append(replace(whole, kind=Kind.PERMUTE.value, bytes=received))
+        yield from sent
+
     def distribute(self, parts: Sequence[_Part]) -> Iterator[Collective]:
         """Yields what `Comm.distribute` sends: parts that begin with one scatter share it."""
         shared: dict[Move, int] = {}
@@ -318,7 +332,7 @@ def _attended(spec: AttentionSpec, meter: _Meter) -> Iterator[Collective]:
         heads = meter.local(meter.tokens, spec.num_heads, meter.placement(Stage.QUERY))
         for elements in (heads, heads * (spec.head_dim + 1)):
             yield meter.one(Kind.ALL_REDUCE, axes, elements, "float32")
-    yield from meter.move(spec.num_heads * spec.head_dim, Stage.QUERY, Stage.CONTRACTED)
+    yield from meter.contract(spec.num_heads * spec.head_dim, Stage.QUERY)
 
 
 def _side_by_side(layer: LayerSpec, embed: int, meter: _Meter) -> Iterator[Collective]:
@@ -329,7 +343,7 @@ def _side_by_side(layer: LayerSpec, embed: int, meter: _Meter) -> Iterator[Colle
     yield from _mlp_weights(layer, embed, meter)
     yield from meter.distribute([*_attention_parts(layer.attention), *_mlp_parts(layer)])
     yield from _attended(layer.attention, meter)
-    yield from meter.move(layer.mlp.ffn_dim, Stage.HIDDEN, Stage.CONTRACTED)
+    yield from meter.contract(layer.mlp.ffn_dim, Stage.HIDDEN)
     yield from meter.move(embed, Stage.PRODUCED, Stage.RESIDUAL)
 
 
@@ -347,7 +361,7 @@ def _mlp(layer: LayerSpec, embed: int, meter: _Meter) -> Iterator[Collective]:
     yield from meter.norm(layer.norm, Stage.INPUT)
     yield from _mlp_weights(layer, embed, meter)
     yield from meter.distribute(_mlp_parts(layer))
-    yield from meter.move(layer.mlp.ffn_dim, Stage.HIDDEN, Stage.CONTRACTED)
+    yield from meter.contract(layer.mlp.ffn_dim, Stage.HIDDEN)
     yield from _added(layer, embed, meter)
 
 

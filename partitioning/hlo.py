@@ -21,10 +21,7 @@ from jaxserve.errors import UnsupportedError
 from jaxserve.partitioning.cost import Collective, Where
 from jaxserve.partitioning.placement import Kind
 
-PERMUTE = "collective-permute"
-"""A kind that the layouts never ask for."""
-
-_KINDS = (*(kind.value for kind in Kind if kind is not Kind.CUT), PERMUTE)
+_KINDS = tuple(kind.value for kind in Kind if kind is not Kind.CUT)
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(

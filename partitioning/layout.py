@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 
-from jaxserve.partitioning.placement import Placement
+from jaxserve.partitioning.placement import Dim, Kind, Move, Placement
 
 TOKEN_ORDER = ("x", "y", "z")
 HIDDEN_ORDER = ("z", "y", "x")
@@ -168,6 +168,13 @@ class PhaseLayout:
             Stage.CONTRACTED: Placement(tokens, features),
             Stage.PRODUCED: Placement(tokens, partial=features),
         }[stage]
+
+    def goes_around(self, plan: Sequence[Move]) -> bool:
+        """Returns whether the last of the moves to `Stage.CONTRACTED` goes around a ring."""
+        if self.overlap is Ring.PLAIN or not plan:
+            return False
+        last = plan[-1]
+        return (last.kind, last.dim, len(last.axes)) == (Kind.ALL_GATHER, Dim.FEATURES, 1)
 
     def kv(self, stage: Stage, num_kv_heads: int, sizes: dict[str, int]) -> Placement:
         """Returns where keys and values lie: as the queries, but heads are never split.

@@ -146,7 +146,8 @@ class Network:
             return passes * _nested(switches), hops_s
         count = math.prod(lane.size for lane in lanes)
         width = sum(lane.bandwidth for lane in lanes)
-        return passes * (count - 1) / count / width, hops_s
+        share = 1 if kind == Kind.PERMUTE else (count - 1) / count
+        return passes * share / width, hops_s
 
 
 def _nested(lanes: list[Lane]) -> float:

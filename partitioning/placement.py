@@ -27,6 +27,7 @@ class Kind(StrEnum):
     REDUCE_SCATTER = "reduce-scatter"
     ALL_REDUCE = "all-reduce"
     ALL_TO_ALL = "all-to-all"
+    PERMUTE = "collective-permute"
     CUT = "cut"
 
 

@@ -167,6 +167,9 @@ def _collective(kind: str, axes: tuple[str, ...], full: int, mesh: Any) -> Calla
     count = math.prod(mesh.shape[axis] for axis in axes)
     size = max(full // 4 // count, 1) * count
     local = size // count if kind == Kind.ALL_GATHER else size
+    hops = count - 1
+    if kind == Kind.PERMUTE:
+        local = max(full // 4 // hops, 1)
 
     def body(x: Any) -> Any:
         match kind:
@@ -176,6 +179,11 @@ def _collective(kind: str, axes: tuple[str, ...], full: int, mesh: Any) -> Calla
                 return lax.psum_scatter(x, axes, tiled=True)
             case Kind.ALL_TO_ALL:
                 return lax.all_to_all(x, axes, 0, 0, tiled=True)
+            case Kind.PERMUTE:
+                pairs = [(place, (place + 1) % count) for place in range(count)]
+                for _ in range(hops):
+                    x = lax.ppermute(x, axes, pairs)
+                return x
         return lax.psum(x, axes)
 
     spec = PartitionSpec(tuple(mesh.shape))

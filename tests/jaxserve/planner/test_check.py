@@ -24,9 +24,9 @@ from jaxserve.config import (
 )
 from jaxserve.errors import UsageError
 from jaxserve.models.named import named_config
-from jaxserve.partitioning.cost import Where
+from jaxserve.partitioning.cost import Pass, Where, step_collectives
 from jaxserve.partitioning.dtypes import WEIGHTS
-from jaxserve.partitioning.layout import Ffn, Heads, PhaseLayout
+from jaxserve.partitioning.layout import Ffn, Heads, PhaseLayout, Ring
 from jaxserve.partitioning.memory import Kept, weights_bytes
 from jaxserve.partitioning.work import Share
 from jaxserve.planner.check import Report, check
@@ -88,6 +88,17 @@ def test_compiled_communication_is_as_predicted(config, ffn, heads, length, on):
     assert report.copies == ()
     # Small arrays are padded to the tiles in which they lie.
     assert report.planned_bytes <= report.argument_bytes < report.planned_bytes + 16_384
+
+
+@pytest.mark.parametrize("ring", [ring for ring in Ring if ring is not Ring.PLAIN])
+def test_pieces_that_go_around_are_as_many_bytes_as_a_gather(ring):
+    phase, on = PhaseLayout(Ffn.WS2D, Heads.HEADS, ring), SLICES["v4:2x2x2"]
+    report = check(Job(SERIAL, phase, 64, 128), on)
+    assert differences(report) == {}
+    assert ("collective-permute", ("x",), "bf16", Where.LAYER) in report.compiled
+    plain = step_collectives(SERIAL, replace(phase, overlap=Ring.PLAIN), on.sizes, Pass(64, 64))
+    layer = (one.wire_bytes(on.sizes) for one in plain if one.where is Where.LAYER)
+    assert report.wire("compiled") == sum(layer)
 
 
 @pytest.mark.parametrize(
