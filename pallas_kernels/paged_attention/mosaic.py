@@ -28,6 +28,9 @@ SUBLANES = 8
 MOST_SCORES = 1 << 16
 """Scores of a head and block, up to which the work of several heads is put side by side."""
 
+MOST_HEADS = 8
+"""Key heads whose work is put side by side, at most; more would not fit into the registers."""
+
 LOG2_E = math.log2(math.e)
 
 _HIDDEN = -2e30
@@ -58,6 +61,8 @@ class Build:
             say: for estimates, which need loops of known length.
         small: loops stay loops; interpreting compiles for long otherwise.
         copies: whether blocks are copied; without, an estimate is that of the computation alone.
+        first_head: key head of the pages at which those of `spec` begin.
+        page_heads: key heads of the pages; 0 where they are those of `spec`.
     """
 
     spec: AttentionSpec
@@ -78,11 +83,21 @@ class Build:
     trips: int | None = None
     small: bool = False
     copies: bool = True
+    first_head: int = 0
+    page_heads: int = 0
 
     @property
-    def unrolled(self) -> bool:
-        """Returns whether heads follow each other in the code instead of in a loop."""
-        return not self.small and self.rows * self.block <= MOST_SCORES
+    def together(self) -> int:
+        """Returns the key heads that follow each other in the code; the others wait in a loop."""
+        heads = self.spec.num_kv_heads
+        if self.small or self.rows * self.block > MOST_SCORES:
+            return 1
+        return max(part for part in range(1, MOST_HEADS + 1) if heads % part == 0)
+
+    def stored_rows(self, bytes_each: int) -> int:
+        """Returns the tokens of a page that are stored at once: a row of registers if they fit."""
+        rows = SUBLANES * 4 // bytes_each
+        return self.page_size if self.page_size % rows else rows
 
     @property
     def block(self) -> int:
@@ -239,19 +254,38 @@ def attend(build: Build, given: Operands, interpret: Any) -> tuple[Array, Array 
 
 
 def vmem_bytes(build: Build, page_dtype: Any, q_dtype: Any) -> int:
-    """Returns the memory that a core is asked for: blocks twice, items twice, and state."""
-    spec = build.spec
+    """Returns the memory that a core is asked for."""
+    return max(16 << 20, used_bytes(build, page_dtype, q_dtype) + (4 << 20))
+
+
+def used_bytes(build: Build, page_dtype: Any, q_dtype: Any) -> int:
+    """Returns the memory of a core's blocks and operands, both twice, of its sums and scores."""
+    spec, heads = build.spec, build.spec.num_kv_heads
     lanes = row_lanes(spec.head_dim)
-    heads, rows = spec.num_kv_heads, build.rows
-    block = heads * build.block * lanes * jnp.dtype(page_dtype).itemsize
-    item = (
-        heads * rows * lanes * (jnp.dtype(q_dtype).itemsize + jnp.dtype(build.out_dtype).itemsize)
-    )
-    state = heads * rows * (2 * LANES + lanes) * 4
-    extra = heads * rows * LANES * 4 * (build.lse + (spec.alibi is not None)) * 2
-    scores = 6 * min(rows, 1024) * build.block * 4
-    scales = 2 * (2 * heads + SUBLANES) * build.block * 4 * build.scaled
-    return max(16 << 20, 2 * block + 4 * item + state + extra + scores + scales + (4 << 20))
+    page_size, q_size = jnp.dtype(page_dtype).itemsize, jnp.dtype(q_dtype).itemsize
+    block = heads * build.block * lanes * page_size
+    if build.scaled:
+        block += -(-2 * heads // SUBLANES) * SUBLANES * build.block * 4
+    rows = heads * build.rows
+    wide = rows * key_lanes(spec.head_dim)
+    out_size = jnp.dtype(build.out_dtype).itemsize
+    operands = wide * (q_size * (1 + build.sink_queries) + out_size)
+    # One number a row takes a row of lanes.
+    operands += rows * LANES * 4 * (build.lse + (spec.alibi is not None))
+    if build.queries > 1:
+        operands += build.queries * (LANES + -(-build.newest // LANES) * LANES) * 4
+    if build.written:
+        operands += heads * SUBLANES * 4 * lanes
+    sums = rows * 2 * LANES * 4 + wide * 4
+    # Scores, their weights, and what they become.
+    scores = build.together * build.rows * build.block * (4 + 4 + q_size)
+    return 2 * (block + operands) + sums + scores
+
+
+def pages_of(keys: int, page_size: int) -> int:
+    """Returns the pages of a block of about `keys` keys, in whole rows of lanes."""
+    step = LANES // math.gcd(LANES, page_size)
+    return max(1, round(keys / page_size / step)) * step
 
 
 def _kernel(build: Build, names: list[str], numbers: Any, first: Any, table: Any, *refs: Any):
@@ -338,7 +372,13 @@ class _Step:
     def copy(self, page: Any, slot: Any, place: Any) -> Any:
         """Returns the copy of one page."""
         into = self.scratch.blocks.at[slot, place]
-        return pltpu.make_async_copy(self.pages.at[page], into, self.scratch.copied.at[slot])
+        return pltpu.make_async_copy(self.page(page), into, self.scratch.copied.at[slot])
+
+    def page(self, page: Any) -> Any:
+        """Returns a page's part with the heads of this call."""
+        if not self.build.page_heads:
+            return self.pages.at[page]
+        return self.pages.at[page, pl.ds(self.build.first_head, self.spec.num_kv_heads)]
 
     def copy_scales(self, item: Any, block: Any, slot: Any) -> Any:
         """Returns the copy of the scales of a block."""
@@ -437,16 +477,19 @@ class _Step:
         @pl.when((position >= 0) & (offset >= 0) & (offset < build.block))
         def _():
             place = lax.div(offset, build.page_size)
-            held = self.scratch.blocks.at[slot, place]
-            row = lax.broadcasted_iota(jnp.int32, held.shape, 1)
-            here = row == lax.rem(offset, build.page_size)
+            within = lax.rem(offset, build.page_size)
+            count = build.stored_rows(self.pages.dtype.itemsize)
+            start = pl.multiple_of(lax.div(within, count) * count, count)
+            rows = slice(None), pl.ds(start, count)
+            held = self.scratch.blocks.at[slot, place].at[rows]
+            here = start + lax.broadcasted_iota(jnp.int32, held.shape, 1) == within
             held[...] = chosen(here, self.given["fresh"][...], held[...])
             page = lax.div(position, build.page_size)
             turning = build.width - build.pinned_pages
             later = build.pinned_pages + lax.rem(jnp.maximum(page - build.pinned_pages, 0), turning)
             column = jnp.where(page < build.pinned_pages, page, later)
             page = self.table[self.number(item, Item.ROW) * build.width + column]
-            back = pltpu.make_async_copy(held, self.pages.at[page], self.scratch.stored)
+            back = pltpu.make_async_copy(held, self.page(page).at[rows], self.scratch.stored)
             back.start()
             back.wait()
 
@@ -456,14 +499,16 @@ class _Step:
         start = block * build.block
         k_pos = start + lax.broadcasted_iota(jnp.int32, (1, build.block), 1)
         seen = self.seen(item, k_pos) if masked else None
-        if build.unrolled:
-            self.add_heads(slot, k_pos, seen, tuple(range(self.spec.num_kv_heads)))
+        together = build.together
+        if together == self.spec.num_kv_heads:
+            self.add_heads(slot, k_pos, seen, tuple(range(together)))
             return
 
-        def one(head: Any, none: None) -> None:
-            self.add_heads(slot, k_pos, seen, (head,))
+        def some(turn: Any, none: None) -> None:
+            first = turn * together
+            self.add_heads(slot, k_pos, seen, tuple(first + head for head in range(together)))
 
-        lax.fori_loop(0, self.spec.num_kv_heads, one, None)
+        lax.fori_loop(0, self.spec.num_kv_heads // together, some, None)
 
     def seen(self, item: Any, k_pos: Any) -> Any:
         """Returns bool[rows or 1, block]: the keys that each row of queries sees."""
@@ -492,9 +537,9 @@ class _Step:
         return seen > 0
 
     def add_heads(self, slot: Any, k_pos: Any, seen: Any, heads: tuple[Any, ...]) -> None:
-        """Adds a block to the sums of some key heads' queries, all heads or one."""
+        """Adds a block to the sums of the queries of key heads that follow each other."""
         build, scratch = self.build, self.scratch
-        at = pl.ds(heads[0] if len(heads) == 1 else 0, len(heads))
+        at = pl.ds(heads[0], len(heads))
         rows = len(heads) * build.rows
         top, total, out = (
             x[at].reshape(rows, x.shape[2]) for x in (scratch.top, scratch.total, scratch.out)
@@ -547,7 +592,7 @@ class _Step:
         else:
             scores = scores * (spec.score_scale * LOG2_E)
         if spec.alibi is not None:
-            at = pl.ds(heads[0] if len(heads) == 1 else 0, len(heads))
+            at = pl.ds(heads[0], len(heads))
             slopes = self.given["slopes"][at].reshape(-1, 1)
             scores = scores + self.bias(slopes, k_pos)
         return scores if seen is None else jnp.where(seen, scores, _HIDDEN)

@@ -11,7 +11,6 @@ together by their denominators. Off the TPU the kernel is interpreted.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +31,7 @@ from jaxserve.pallas_kernels.paged_attention.mosaic import (
     Operands,
     attend,
     key_lanes,
+    pages_of,
     row_lanes,
     shared_lanes,
     value_lane,
@@ -43,7 +43,7 @@ from jaxserve.pallas_kernels.paged_attention.places import (
     write_places,
 )
 from jaxserve.pallas_kernels.paged_attention.rounding import finite, rounded
-from jaxserve.pallas_kernels.paged_attention.tiles import Tile, tile_for
+from jaxserve.pallas_kernels.paged_attention.tiles import Tile, heads_of, tile_for
 from jaxserve.pallas_kernels.paged_attention.writing import Places, token_rows, write
 
 SMEM_TABLE = 1 << 17
@@ -234,7 +234,7 @@ def paged_attention(
         page_table, q_start, kv_len, q_pos,
     )  # fmt: skip
     need_lse = bool(outputs) or sink_logits is not None
-    tile = tile or tile_for(spec, page_size, page_table.shape[1], pages.rows.dtype)
+    tile = tile or _tile(spec, page_size, page_table, pages, q)
     static = _Static(
         spec, page_size, pinned_pages, sink_tokens, max_query, need_lse, tile, interpret
     )
@@ -245,6 +245,10 @@ def paged_attention(
         out = (out.astype(jnp.float32) * jnp.exp(lse - whole)[..., None]).astype(out.dtype)
         lse = whole
     return (out, *(lse for _ in outputs)) if outputs else out
+
+
+def _tile(spec: AttentionSpec, page_size: int, table: Array, pages: Pages, q: Array) -> Tile:
+    return tile_for(spec, page_size, table.shape[1], pages.rows.dtype, q_dtype=q.dtype)
 
 
 def write_and_attend(
@@ -295,7 +299,7 @@ def write_and_attend(
         q, q_sink if sink_tokens else None, slopes, None, _Scales.of(pages, None), pages.rows,
         page_table, q_start, kv_len, q_pos, rows,
     )  # fmt: skip
-    tile = tile or tile_for(spec, page_size, page_table.shape[1], pages.rows.dtype)
+    tile = tile or _tile(spec, page_size, page_table, pages, q)
     static = _Static(spec, page_size, pinned_pages, sink_tokens, max_query, False, tile, interpret)
     out, _, after = _on_platform(static, arrays)
     return out, Pages(after, token_scales)
@@ -403,30 +407,53 @@ def _run_items(
         base = lax.div(jnp.maximum(newest - build.width + 1, 0), build.pages_per_block)
     table = work.items(runs, given.kv_len, base, reach)
     table = work.linked(table, build.cores)
+    found, pages = [], given.pages
+    for first in range(0, static.spec.num_kv_heads, build.spec.num_kv_heads):
+        some = given._replace(pages=pages)
+        out, lse, pages = _run_heads(
+            static, some, runs, replace(build, first_head=first), base, table
+        )
+        found.append((out, lse))
+    out, lse = (
+        x[0] if len(x) == 1 else jnp.concatenate(x, axis=2) for x in zip(*found, strict=True)
+    )
+    if build.cores > 1:
+        out, lse = merged(
+            out.reshape(build.cores, -1, *out.shape[1:]),
+            lse.reshape(build.cores, -1, *lse.shape[1:]),
+        )
+    return out, lse, pages
+
+
+def _run_heads(
+    static: _Static, given: _Arrays, runs: work.Runs, build: Build, base: Array, table: Array
+) -> tuple[Array, Array, Array]:
+    """Returns (out [cores I, Q, N, H], lse float32[cores I, Q, N], pages) of a build's heads."""
+    first, heads = build.first_head, build.spec.num_kv_heads
+    own = slice(first * build.group, (first + heads) * build.group)
+    several = build.queries > 1
+    q_sink, slopes, fresh = given.q_sink, given.slopes, given.fresh
+
+    def queries(x: Array) -> Array:
+        return _shared(static, _by_head(x[:, own][runs.token], build))
+
     operands = Operands(
         items=table.reshape(-1),
         first=work.first_items(table, build.cores),
         table=given.table.reshape(-1),
-        q=_shared(static, _by_head(given.q[runs.token], build)),
-        q_sink=None
-        if given.q_sink is None
-        else _shared(static, _by_head(given.q_sink[runs.token], build)),
-        q_pos=_shared(static, runs.q_pos[..., None]) if queries > 1 else None,
-        slopes=None if given.slopes is None else _slopes(given.slopes, build),
+        q=queries(given.q),
+        q_sink=None if q_sink is None else queries(q_sink),
+        q_pos=_shared(static, runs.q_pos[..., None]) if several else None,
+        slopes=None if slopes is None else _slopes(slopes[own], build),
         mask=None if given.mask is None else _shared(static, _mask(given.mask, runs)),
         scales=_scales(given, base, build) if given.scales.some else None,
-        fresh=None if given.fresh is None or queries > 1 else _fresh(static, given.fresh, runs),
+        fresh=_fresh(static, fresh[:, first : first + heads], runs) if build.written else None,
         pages=given.pages,
     )
     out, lse, pages = attend(build, operands, static.interpret)
     out, lse = _by_token(out, lse, build)
     if lse is None:
         lse = jnp.zeros(out.shape[:3], jnp.float32)
-    if build.cores > 1:
-        out, lse = merged(
-            out.reshape(build.cores, -1, *out.shape[1:]),
-            lse.reshape(build.cores, -1, *lse.shape[1:]),
-        )
     return out, lse, pages
 
 
@@ -448,11 +475,13 @@ def merged(out: Array, lse: Array) -> tuple[Array, Array]:
 def _build(static: _Static, given: _Arrays, runs: work.Runs, queries: int) -> Build:
     tile, split = static.tile, static.tile.cores > 1
     keys = tile.decode_keys if queries == 1 else tile.prefill_keys
+    heads = static.spec.num_kv_heads
+    apart = 0 < tile.key_heads < heads
     return Build(
-        spec=static.spec,
+        spec=heads_of(static.spec, tile.key_heads) if apart else static.spec,
         queries=queries,
         page_size=static.page_size,
-        pages_per_block=_pages_of(keys, static.page_size),
+        pages_per_block=pages_of(keys, static.page_size),
         width=given.table.shape[1],
         pinned_pages=static.pinned_pages,
         sink_tokens=static.sink_tokens,
@@ -466,13 +495,8 @@ def _build(static: _Static, given: _Arrays, runs: work.Runs, queries: int) -> Bu
         out_dtype="float32" if split or static.lse else str(given.q.dtype),
         trips=static.trips,
         small=static.interpret is True,
+        page_heads=heads if apart else 0,
     )
-
-
-def _pages_of(keys: int, page_size: int) -> int:
-    """Returns the pages of a block of about `keys` keys, in whole rows of lanes."""
-    step = LANES // math.gcd(LANES, page_size)
-    return max(1, round(keys / page_size / step)) * step
 
 
 def _shared(static: _Static, x: Array) -> Array:
@@ -543,11 +567,15 @@ def _scales(given: _Arrays, base: Array, build: Build) -> Array:
         page = column(page, width, build.pinned_pages)
     page = jnp.clip(page, 0, width - 1).reshape(rows, -1)
     page = jnp.take_along_axis(given.table, page, axis=1)
-    kinds = 2 * build.spec.num_kv_heads
-    both = jnp.ones((1, 1, 1, kinds, 1), jnp.float32)
+    heads, first = build.spec.num_kv_heads, build.first_head
+    both = jnp.ones((1, 1, 1, 2, heads, 1), jnp.float32)
+    every = 2, build.page_heads or heads
     for scales in given.scales:
         if scales is not None:
-            both = both * scales[page].reshape(rows, blocks, build.pages_per_block, kinds, -1)
+            found = scales[page].reshape(rows, blocks, build.pages_per_block, *every, -1)
+            both = both * found[..., first : first + heads, :]
+    kinds = 2 * heads
+    both = both.reshape(*both.shape[:3], kinds, -1)
     shape = *both.shape[:4], build.page_size
     both = jnp.broadcast_to(both, shape).transpose(0, 1, 3, 2, 4)
     both = both.reshape(rows, blocks, kinds, build.block)

@@ -17,7 +17,7 @@ from jaxserve.pallas_kernels.int8_matmul import Mode
 from jaxserve.pallas_kernels.int8_matmul import tpu as int8_matmul
 from jaxserve.pallas_kernels.paged_attention import tpu
 from jaxserve.pallas_kernels.paged_attention.places import row_of_tokens
-from jaxserve.pallas_kernels.paged_attention.tiles import Tile
+from jaxserve.pallas_kernels.paged_attention.tiles import Tile, tile_for
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import tpu_cycles  # pyright: ignore[reportMissingImports] - a script beside the package
@@ -34,9 +34,13 @@ def attention(
     page_size: int = 128,
     tokens: int = ROWS,
     store: bool = False,
+    chip: str | None = None,
     **options: Any,
 ) -> Any:
-    """Returns the compiled call; with `store`, new keys and values are stored by it."""
+    """Returns the compiled call; with `store`, new keys and values are stored by it.
+
+    With `chip`, its blocks have the sizes that the kernel chooses there, and small ones otherwise.
+    """
     count = ROWS * WIDTH + 1
     empty = jax.eval_shape(lambda: tpu.init_pages(count, page_size, cache_spec(spec, pages_dtype)))
     pages = jax.tree.map(lambda x: shaped(x.shape, x.dtype), empty)
@@ -49,6 +53,8 @@ def attention(
         shaped((tokens,), whole),
     )  # fmt: skip
     tile = Tile(256, 256, 16, cores)
+    if chip is not None:
+        tile = tile_for(spec, page_size, WIDTH, pages_dtype, chip)
 
     def call(pages: Any, q: Any, k: Any, rest: Any) -> Any:
         table, q_start, kv_len, q_pos = rest
@@ -96,6 +102,10 @@ def cases(chip: str) -> dict[str, Callable[[], Any]]:
             sink_tokens=4, max_query=1,
         ),
         "71 heads": paged(AttentionSpec(71, 1, 64, alibi=AlibiSpec(bfloat16=True)), max_query=1),
+        "128 heads, 8 of keys": paged(AttentionSpec(128, 8, 64), tokens=40, store=True, chip=chip),
+        "96 heads": paged(
+            AttentionSpec(96, 96, 128), page_size=256, store=True, chip=chip, max_query=1
+        ),
         "80 features": paged(AttentionSpec(4, 2, 80), tokens=20, max_query=4),
         "w8a16, one row": product(1, Mode.W8A16, "out_in"),
         "w8a16, rows": product(300, Mode.W8A16, "in_out"),

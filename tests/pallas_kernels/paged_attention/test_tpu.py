@@ -93,6 +93,11 @@ def test_halves_of_the_keys_are_merged_exactly() -> None:
     both(case, replace(SMALL, cores=2)).check()
 
 
+@pytest.mark.parametrize("name", ["gqa 128, soft cap, int8", "alibi as bfloat16, decode"])
+def test_heads_that_take_several_calls_are_the_definition(name: str) -> None:
+    both(CASES[name], replace(SMALL, key_heads=1)).check(FEW_DIGITS.get(name, 4e-6))
+
+
 def test_rows_whose_pages_do_not_fit_into_scalar_memory_take_several_calls(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -126,8 +131,10 @@ def _flat(pages: reference.Pages) -> np.ndarray:
     return both.transpose(1, 0, 3, 2).reshape(both.shape[1], -1)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8", "float8_e4m3fn"])
-def test_storing_while_attending_is_storing_first(dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "key_heads"), [("float32", 0), ("float32", 1), ("int8", 1), ("float8_e4m3fn", 0)]
+)
+def test_storing_while_attending_is_storing_first(dtype: str, key_heads: int) -> None:
     # The last row's own key is the last of its block.
     runs = [(0, 9), (140, 1), (7, 0), (127, 1)]
     case = Case(AttentionSpec(6, 2, 64), runs, pages_dtype=dtype)
@@ -139,7 +146,8 @@ def test_storing_while_attending_is_storing_first(dtype: str) -> None:
     after = reference.write_pages(plain, k, v, table, row, q_pos, page_size=16)
     rest = q_start, kv_len, q_pos, case.spec
     wanted = reference.paged_attention(q, after, table, *rest, page_size=16)
-    out, found = tpu.write_and_attend(q, k, v, rows, table, row, *rest, page_size=16, tile=SMALL)
+    tile = replace(SMALL, key_heads=key_heads)
+    out, found = tpu.write_and_attend(q, k, v, rows, table, row, *rest, page_size=16, tile=tile)
     np.testing.assert_allclose(out, wanted, atol=2e-6)
     np.testing.assert_array_equal(found.rows[..., :64].swapaxes(1, 2), after.keys)
     np.testing.assert_array_equal(found.rows[..., 64:].swapaxes(1, 2), after.values)
