@@ -48,7 +48,7 @@ class Policy(StrEnum):
 def serve(
     model: Annotated[
         str,
-        typer.Option("--model", "-m", help="tiny, tiny-draft, a checkpoint directory or a name"),
+        typer.Option("--model", "-m", help="tiny, a checkpoint directory or its gs:// address"),
     ] = "tiny",
     model_name: Annotated[
         str | None, typer.Option(help="what requests call it; by default as --model")
@@ -131,12 +131,13 @@ def serve(
     """Serve a model: OpenAI-compatible HTTP, gRPC, health, metrics."""
     began_s = time.perf_counter()
     from jaxserve.serving import logs
+    from jaxserve.serving.model_files import name_of
     from jaxserve.serving.options import EngineOptions
     from jaxserve.serving.server_options import ServerOptions
     from jaxserve.serving.wire import Start
 
     options = ServerOptions(
-        model_name=model_name or _name(model),
+        model_name=model_name or name_of(model),
         host=host,
         http_port=_port(http_port),
         grpc_port=_port(grpc_port),
@@ -246,11 +247,6 @@ async def _run(
         return await Server(service, options, began_s=began_s).run()
     finally:
         await asyncio.gather(start, return_exceptions=True)
-
-
-def _name(model: str) -> str:
-    """Returns what a model is called: without the folders it lies in."""
-    return Path(model).name if Path(model).is_dir() else model
 
 
 def _port(number: int) -> int | None:

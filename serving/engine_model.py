@@ -6,10 +6,12 @@ made.engine.submit(request, sink)
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -23,7 +25,7 @@ from jaxserve.config import Quantization
 from jaxserve.errors import UnavailableError
 from jaxserve.pallas_kernels import kernel_set
 from jaxserve.partitioning.devices import use_devices
-from jaxserve.progress import Show, reporter
+from jaxserve.progress import Advance, Unit
 from jaxserve.serving.build import ModelEngine
 from jaxserve.serving.made import Follows, Made
 from jaxserve.serving.memory_plan import device_memory, memory_plan
@@ -35,6 +37,29 @@ from jaxserve.serving.multihost.leader import Leader
 from jaxserve.serving.multihost.ranks import breaking_off
 from jaxserve.serving.placing import places_of, program_of, sized
 from jaxserve.serving.wire import Start
+
+REPORT_S = 5.0
+"""Between two lines of progress in the log."""
+
+_log = logging.getLogger(__name__)
+
+
+class LoggedProgress:
+    """Tells the log how far loading has come, if it takes long."""
+
+    @contextmanager
+    def task(self, label: str, total: int, unit: Unit = Unit.BYTES) -> Iterator[Advance]:
+        """Yields a function that may write a line."""
+        last, done = time.monotonic(), 0
+
+        def advance(amount: int) -> None:
+            nonlocal last, done
+            done += amount
+            if done < total and time.monotonic() - last >= REPORT_S:
+                last = time.monotonic()
+                _log.info("%s: %d%%", label, 100 * done // total, extra={"done": done})
+
+        yield advance
 
 
 def build_model(start: Start, phase: Callable[[str], None]) -> Made | Follows:
@@ -75,7 +100,7 @@ def _build(
     kept = kv_rounding(start.kv_dtype)
     program = program_of(files.info.config, files.dtype, kernels, start.layout, rounded, kept)
     rounded = program.model.declare.quantize
-    params = load_params(files.info, program.model, places_of(program), reporter(Show.SILENT))
+    params = load_params(files.info, program.model, places_of(program), LoggedProgress())
     phase("compile")
     options = sized(start.options, start.layout)
     made = ModelEngine.create(program, params, options, ranks=ranks)

@@ -14,6 +14,7 @@ from typing import Self
 from jaxserve.checkpoint import inspect
 from jaxserve.checkpoint.info import CheckpointInfo
 from jaxserve.checkpoint.locate import locate
+from jaxserve.checkpoint.remote import is_address
 from jaxserve.config import KvDtype, Quantization
 from jaxserve.errors import UsageError
 from jaxserve.serving.intake import Intake
@@ -42,7 +43,8 @@ class ModelFiles:
         """Returns the files of a model.
 
         Args:
-            model: "tiny" or "tiny-draft" (shipped), a checkpoint directory, or a hub name.
+            model: "tiny" or "tiny-draft" (shipped), a checkpoint directory, its address in an
+                object store, or a hub name.
             dtype: None takes the checkpoint's, if models run in it.
 
         Raises:
@@ -80,6 +82,13 @@ class ModelFiles:
             vocab_size=config.vocab_size,
             num_parameters=self.info.num_parameters,
         )
+
+
+def name_of(model: str) -> str:
+    """Returns what a model is called: without the folders it lies in."""
+    if is_address(model):
+        return model.rstrip("/").rpartition("/")[2]
+    return Path(model).name if Path(model).is_dir() else model
 
 
 def has_tokenizer(path: Path) -> bool:

@@ -30,6 +30,7 @@ except ImportError as error:
     ) from error
 
 from jaxserve.serving.answer import Answer
+from jaxserve.serving.model_files import ModelFiles, name_of
 from jaxserve.serving.ray_routing import (
     Beginnings,
     Standing,
@@ -66,7 +67,6 @@ class Replica:
 
     def _make(self, start: Start, options: ServerOptions) -> Service:
         """Returns the service, not started."""
-        from jaxserve.serving.model_files import ModelFiles
         from jaxserve.serving.supervisor import RemoteService
 
         files = ModelFiles.find(start.model, start.dtype)
@@ -236,4 +236,4 @@ def application(
         ),
         **sized,
     )(serve.ingress(_forward)(replica))
-    return made.bind(start, options or ServerOptions(model_name=start.model))
+    return made.bind(start, options or ServerOptions(model_name=name_of(start.model)))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            text = _header_text(path, size, file.read(_LENGTH_BYTES), file.read)
+            return parse_header(path, os.fstat(file.fileno()).st_size, file.read)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def parse_header(path: Path, size: int, read: Callable[[int], bytes]) -> dict[str, TensorInfo]:
+    """Returns the same of a file of `size` bytes, which `read` gives from its beginning."""
+    text = _header_text(path, size, read(_LENGTH_BYTES), read)
     start = _LENGTH_BYTES + len(text)
     entries = parse_object(text, f"the header of {path}")
     entries.pop("__metadata__", None)
@@ -69,7 +74,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return {tensor.name: tensor for tensor in tensors}
 
 
-def _header_text(path: Path, size: int, length_bytes: bytes, read: Any) -> bytes:
+def _header_text(path: Path, size: int, length_bytes: bytes, read: Callable[[int], bytes]) -> bytes:
     if len(length_bytes) < _LENGTH_BYTES:
         raise CheckpointError(
             f"{path} has {size} bytes, which is no safetensors file; copy or download it again"

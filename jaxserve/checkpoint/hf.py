@@ -11,13 +11,16 @@ author put in.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatch
+from io import BytesIO
 from pathlib import Path, PurePath
 
 import ml_dtypes
 import numpy as np
 
 from jaxserve.checkpoint.files import read_json
-from jaxserve.checkpoint.header import read_header
+from jaxserve.checkpoint.header import parse_header, read_header
+from jaxserve.checkpoint.remote import AT_ONCE, Remote
 from jaxserve.checkpoint.tensors import Index, TensorInfo, listed
 from jaxserve.errors import CheckpointError, JaxserveError, UnsupportedError
 from jaxserve.models.family import Source
@@ -41,32 +44,41 @@ def tensor_table(directory: Path) -> dict[str, TensorInfo]:
         UnsupportedError: the weights are pickled, or are an adapter.
     """
     single, index = directory / SINGLE, directory / INDEX
+    remote = Remote.of(directory)
     if (directory / "adapter_config.json").exists():
         raise UnsupportedError(
             f"{directory / 'adapter_config.json'}: adapters are not supported; merge the adapter "
             "into its base model and give the directory of the result"
         )
-    if single.exists() and index.exists():
+    has_single = SINGLE in remote.sizes if remote else single.exists()
+    if has_single and index.exists():
         raise CheckpointError(
             f"{directory} has both {SINGLE} and {INDEX}, so which weights are meant is unclear; "
             "move one of them away"
         )
     if index.exists():
-        return _sharded(index)
-    if single.exists():
-        return read_header(single)
-    raise _no_weights(directory)
+        return _sharded(index, remote)
+    if has_single:
+        return _header(single, remote)
+    raise _no_weights(directory, remote)
 
 
-def _sharded(index: Path) -> dict[str, TensorInfo]:
+def _header(path: Path, remote: Remote | None) -> dict[str, TensorInfo]:
+    if remote is None:
+        return read_header(path)
+    return parse_header(path, remote.sizes[path.name], BytesIO(remote.header(path.name)).read)
+
+
+def _sharded(index: Path, remote: Remote | None) -> dict[str, TensorInfo]:
     weight_map = _weight_map(index)
     names = sorted(set(weight_map.values()))
-    if lost := [name for name in names if not (index.parent / name).is_file()]:
+    there = _files(index.parent, remote)
+    if lost := [name for name in names if name not in there]:
         raise CheckpointError(
-            f"{index} names {listed(lost)}, which {index.parent} does not have; "
-            "copy or download the missing files"
+            f"{index} names {listed(lost)}, which {remote.url if remote else index.parent} does "
+            "not have; copy or download the missing files"
         )
-    strays = {path.name for path in index.parent.glob("model-*-of-*.safetensors")} - set(names)
+    strays = {name for name in there if fnmatch(name, "model-*-of-*.safetensors")} - set(names)
     if strays:
         raise CheckpointError(
             f"{index} does not name {listed(sorted(strays))}, which lie beside it; "
@@ -74,7 +86,7 @@ def _sharded(index: Path) -> dict[str, TensorInfo]:
         )
     table: dict[str, TensorInfo] = {}
     for shard in names:
-        for name, tensor in read_header(index.parent / shard).items():
+        for name, tensor in _header(index.parent / shard, remote).items():
             if name in table:
                 raise CheckpointError(
                     f"tensor {name!r} is both in {table[name].file} and in {tensor.file}; "
@@ -117,8 +129,15 @@ def _check_index(index: Path, weight_map: dict[str, str], table: dict[str, Tenso
         )
 
 
-def _no_weights(directory: Path) -> JaxserveError:
-    files = sorted(path.name for path in directory.iterdir() if path.is_file())
+def _files(directory: Path, remote: Remote | None) -> list[str]:
+    """Returns the names of all files of a checkpoint, wherever they lie."""
+    if remote is not None:
+        return sorted(name for name in remote.sizes if "/" not in name)
+    return sorted(path.name for path in directory.iterdir() if path.is_file())
+
+
+def _no_weights(directory: Path, remote: Remote | None) -> JaxserveError:
+    files = _files(directory, remote)
     if pickles := [name for name in files if name.endswith(_PICKLES)]:
         return UnsupportedError(
             f"{directory} has its weights as {listed(pickles)}: these are Python pickles, and "
@@ -140,12 +159,22 @@ def logical_shape(source: Source) -> tuple[int, ...]:
 
 
 class HfReader:
-    """Logical weights as views of memory-mapped files; a file is mapped once, on first use."""
+    """Logical weights as views of memory-mapped files; a file is mapped once, on first use.
+
+    Those of an object store are read part by part.
+    """
 
     def __init__(self, tensors: Mapping[str, TensorInfo], sources: Mapping[str, Source]) -> None:
         self._tensors = tensors
         self._sources = sources
         self._maps: dict[Path, np.ndarray] = {}
+        folders = {tensor.file.parent for tensor in tensors.values()}
+        self._remotes = {folder: Remote.of(folder) for folder in folders}
+
+    @property
+    def parallel(self) -> int:
+        """Returns how many parameters are best read at once."""
+        return AT_ONCE if any(self._remotes.values()) else 1
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Returns the shape of a logical weight, outputs first; None where there is none."""
@@ -160,12 +189,16 @@ class HfReader:
         """Returns a slice of a logical weight, a read-only view of the file where possible."""
         source = self._sources[name]
         if not source.stacked:
-            return self._selected(source, source.tensor)[index]
+            return self._selected(source, source.tensor, index)
         first, rest = (index[0], index[1:]) if index else (slice(None), ())
-        return np.stack([self._selected(source, tensor)[rest] for tensor in source.stacked[first]])
+        return np.stack([self._selected(source, name, rest) for name in source.stacked[first]])
 
-    def _selected(self, source: Source, tensor: str) -> np.ndarray:
-        return source.select(self._view(self._tensors[tensor]))
+    def _selected(self, source: Source, name: str, index: Index) -> np.ndarray:
+        tensor = self._tensors[name]
+        remote = self._remotes[tensor.file.parent]
+        if remote is None:
+            return source.select(self._view(tensor))[index]
+        return remote.read(tensor, _NUMPY[tensor.dtype], lambda whole: source.select(whole)[index])
 
     def _view(self, tensor: TensorInfo) -> np.ndarray:
         if tensor.file not in self._maps:

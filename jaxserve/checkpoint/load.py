@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -19,6 +21,9 @@ from jaxserve.layers.decoder import Model, Params
 from jaxserve.layers.param import tree_of
 from jaxserve.progress import Reporter, Silent
 
+AHEAD_BYTES = 4 << 30
+"""Of parameters read from afar, what may be under way on this host besides one of them."""
+
 ShardingOf = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
 
 
@@ -30,7 +35,8 @@ def load_params(
 ) -> Params:
     """Returns the parameters of `model`, each cast, turned and placed as the model declares it.
 
-    Peak memory on the host is the weights that live there and, beyond them, two parameters.
+    Peak memory on the host is the weights that live there and, beyond them, two parameters; from
+    an object store `AHEAD_BYTES` and one parameter.
 
     Args:
         checkpoint: a directory, or what `inspect` found in it.
@@ -56,8 +62,7 @@ def load_params(
     total = sum(stored.nbytes for stored in parameters)
     flat: list[tuple[tuple[str | int, ...], jax.Array]] = []
     with (progress or Silent()).task(f"loading {info.path.name}", total) as advance:
-        for stored in parameters:
-            array = place(stored, reader, _sharding_of(stored, sharding))
+        for stored, array in _placed(parameters, reader, sharding):
             if flat:
                 # Bounds the host buffers that wait for an accelerator to take them.
                 jax.block_until_ready(flat[-1][1])
@@ -65,6 +70,39 @@ def load_params(
             advance(stored.nbytes)
         jax.block_until_ready(flat[-1][1])
     return tree_of(flat)
+
+
+def _placed(
+    parameters: Sequence[Stored],
+    reader: Reader,
+    sharding: jax.sharding.Sharding | ShardingOf | None,
+) -> Iterator[tuple[Stored, jax.Array]]:
+    """Yields parameters on their devices; from afar several are read at once."""
+    if reader.parallel == 1:
+        for stored in parameters:
+            yield stored, place(stored, reader, _sharding_of(stored, sharding))
+        return
+    coming: deque[tuple[Stored, Future[jax.Array]]] = deque()
+    with ThreadPoolExecutor(reader.parallel, "jaxserve-load") as pool:
+        try:
+            for stored in parameters:
+                while coming and (
+                    len(coming) >= 2 * reader.parallel or _bytes_of(coming) > AHEAD_BYTES
+                ):
+                    first, future = coming.popleft()
+                    yield first, future.result()
+                where = _sharding_of(stored, sharding)
+                coming.append((stored, pool.submit(place, stored, reader, where)))
+            for stored, future in coming:
+                yield stored, future.result()
+        finally:
+            for _, future in coming:
+                future.cancel()
+
+
+def _bytes_of(coming: Iterable[tuple[Stored, Future[jax.Array]]]) -> int:
+    """Returns what parameters under way take on this host, about."""
+    return sum(stored.nbytes for stored, _ in coming) // jax.process_count()
 
 
 def open_reader(info: CheckpointInfo) -> Reader:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from jaxserve.checkpoint.files import COMPANIONS, expanded
+from jaxserve.checkpoint.remote import is_address, mirror
 from jaxserve.errors import CheckpointError
 
 EMBEDDED = ("tiny", "tiny-draft")
@@ -22,6 +23,9 @@ _UNWANTED = ["*/*", "consolidated*"]
 def locate(name: str | Path) -> Path:
     """Returns the directory of an embedded model, a checkpoint directory, or a hub model.
 
+    Of a checkpoint in an object store (gs://BUCKET/FOLDER) that is a folder with all but the
+    weights, which are read from there.
+
     A hub model (OWNER/NAME) is downloaded once into the cache of huggingface_hub, whose
     environment variables hold: `HF_HUB_OFFLINE=1` takes what is cached and asks nobody.
 
@@ -30,6 +34,8 @@ def locate(name: str | Path) -> Path:
     """
     if name in EMBEDDED:
         return _embedded(str(name))
+    if is_address(name):
+        return mirror(str(name))
     path = expanded(name)
     # An empty path would be the current directory.
     if path.is_dir() and name != "":
@@ -40,7 +46,8 @@ def locate(name: str | Path) -> Path:
         return _download(name)
     raise CheckpointError(
         f"{str(name)!r} is not a model: there is no directory of that name, it is none of the "
-        f"embedded models ({', '.join(EMBEDDED)}), and a name on the hub reads OWNER/NAME"
+        f"embedded models ({', '.join(EMBEDDED)}), a name on the hub reads OWNER/NAME, and one "
+        "in an object store gs://BUCKET/FOLDER"
     )
 
 

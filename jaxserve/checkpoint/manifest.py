@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxserve.checkpoint.files import read_json
+from jaxserve.checkpoint.remote import Remote
 from jaxserve.checkpoint.tensors import LOADABLE, TensorInfo
 from jaxserve.config import dtype_bytes
 from jaxserve.errors import CheckpointError
@@ -91,8 +92,9 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(
             f"{path} is damaged ({type(error).__name__}: {error}); convert the original again"
         ) from error
+    remote = Remote.of(directory)
     for name, size in manifest.files.items():
-        _check_file(directory / name, size)
+        _check_file(directory / name, size, remote.sizes.get(name) if remote else None)
     return manifest
 
 
@@ -107,9 +109,10 @@ def _parsed(raw: dict[str, Any]) -> Manifest:
     return Manifest(tensors=tensors, files=files, **raw)
 
 
-def _check_file(path: Path, size: int) -> None:
+def _check_file(path: Path, size: int, found: int | None) -> None:
+    """Checks the size of a file; `found` is that of one in an object store."""
     try:
-        found = path.stat().st_size
+        found = path.stat().st_size if found is None else found
     except OSError:
         raise CheckpointError(
             f"{path} is missing: expected {size} bytes; copy or convert the checkpoint again"

@@ -30,6 +30,7 @@ from jaxserve.checkpoint.files import companions, expanded
 from jaxserve.checkpoint.hf import HfReader
 from jaxserve.checkpoint.info import CheckpointInfo, Format, inspect
 from jaxserve.checkpoint.quantize import SCALES, QuantizingReader, quantized_names
+from jaxserve.checkpoint.remote import AT_ONCE, Remote
 from jaxserve.checkpoint.tensors import Index, TensorInfo
 from jaxserve.config import Quantization
 from jaxserve.errors import CheckpointError, UsageError
@@ -37,6 +38,7 @@ from jaxserve.layers.decoder import Model
 from jaxserve.layers.param import Declare
 from jaxserve.progress import Reporter, Silent
 
+_DRIVERS = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}
 _CHUNK_BYTES = 16 * 2**20
 # Orbax copies arrays before it writes them, up to this many gigabytes at a time.
 _SAVE_GB = 1
@@ -135,6 +137,28 @@ def _save(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
         ) from error
 
 
+def kvstore(directory: Path, remote: Remote | None) -> dict[str, str]:
+    """Returns where TensorStore finds the arrays of a checkpoint.
+
+    Raises:
+        CheckpointError: they lie in a store that it does not read.
+    """
+    if remote is None:
+        place = str((directory / manifest.PARAMS).resolve())
+        return {"driver": "file", "path": f"{place}/"}
+    scheme, _, rest = remote.url.partition("://")
+    if scheme == "file":
+        return {"driver": "file", "path": f"{rest}/{manifest.PARAMS}/"}
+    if scheme not in _DRIVERS:
+        raise CheckpointError(
+            f"{remote.url} is a converted checkpoint, which is read from gs:// or s3:// alone; "
+            "keep it there, or as safetensors"
+        )
+    bucket, _, path = rest.partition("/")
+    path = "/".join(part for part in (path, manifest.PARAMS) if part)
+    return {"driver": _DRIVERS[scheme], "bucket": bucket, "path": f"{path}/"}
+
+
 class OrbaxReader:
     """Logical weights of a converted checkpoint, read slice by slice."""
 
@@ -146,6 +170,13 @@ class OrbaxReader:
         self._tensorstore = tensorstore
         self._context = tensorstore.Context()
         self._open: dict[str, Any] = {}
+        self._remote = Remote.of(directory)
+        self._base = kvstore(directory, self._remote)
+
+    @property
+    def parallel(self) -> int:
+        """Returns how many parameters are best read at once."""
+        return AT_ONCE if self._remote is not None else 1
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Returns the shape of a logical weight, outputs first; None where there is none."""
@@ -172,10 +203,8 @@ class OrbaxReader:
 
     def _array(self, name: str) -> Any:
         if name not in self._open:
-            place = str((self._directory / manifest.PARAMS).resolve()) + "/"
-            base = {"driver": "file", "path": place}
-            kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
-            spec = {"driver": "zarr", "kvstore": kvstore}
+            database = {"driver": "ocdbt", "base": self._base, "path": f"{name}/"}
+            spec = {"driver": "zarr", "kvstore": database}
             array = self._tensorstore.open(spec, open=True, context=self._context).result()
             expected = self._tensors[name]
             found = (array.dtype.name, tuple(array.shape))

@@ -41,6 +41,11 @@ class QuantizingReader:
         self._num_outputs = num_outputs
         self._scales: dict[str, np.ndarray] = {}
 
+    @property
+    def parallel(self) -> int:
+        """Returns how many parameters are best read at once."""
+        return self._reader.parallel
+
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Returns the shape of a logical weight, outputs first; None where there is none."""
         base = name.removesuffix(SCALES)

@@ -18,6 +18,11 @@ Index = tuple[slice, ...]
 class Reader(Protocol):
     """The logical weights of an open checkpoint, outputs first, one array each."""
 
+    @property
+    def parallel(self) -> int:
+        """Returns how many parameters are best read at once."""
+        ...
+
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Returns the shape of a weight, or None where the checkpoint has none of that name."""
         ...

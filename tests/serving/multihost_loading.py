@@ -1,5 +1,7 @@
 """One of several processes that load a model together; prints the bytes that it read.
 
+First from a folder, then from an object store, where bytes are counted as the store gives them.
+
 python multihost_loading.py ADDRESS NUM_PROCESSES PROCESS
 """
 
@@ -19,12 +21,11 @@ def main(address: str, num_processes: int, process: int) -> None:
     from jaxserve.serving.multihost.join import start_jax
 
     start_jax(Group(address, num_processes, process))
-    from jaxserve.checkpoint import load_params
+    import fsspec
+
+    from jaxserve.checkpoint import remote
     from jaxserve.checkpoint.hf import HfReader
-    from jaxserve.pallas_kernels import kernel_set
-    from jaxserve.partitioning.layout_file import choose
-    from jaxserve.serving.model_files import ModelFiles
-    from jaxserve.serving.placing import places_of, program_of
+    from jaxserve.checkpoint.locate import locate
 
     read, whole = 0, HfReader.read
 
@@ -35,7 +36,39 @@ def main(address: str, num_processes: int, process: int) -> None:
         return found
 
     HfReader.read = counted
-    files = ModelFiles.find("tiny", "bfloat16")
+    found = load("tiny") | {"read": read}
+
+    store = fsspec.filesystem("memory")
+    for path in locate("tiny").iterdir():
+        store.pipe_file(f"/models/tiny/{path.name}", path.read_bytes())
+    ranges: list[int] = []
+    cat_file = type(store).cat_file
+
+    def given(self, path, start=None, end=None, **more):
+        data = cat_file(self, path, start, end, **more)
+        if path.endswith(".safetensors") and start:  # what starts at 0 is a header
+            ranges.append(len(data))
+        return data
+
+    type(store).cat_file = given
+    remote.GAP_BYTES = 0
+    found["from_store"] = load("memory://models/tiny")
+    found["from_store"]["read"] = sum(ranges)
+    print(json.dumps(found), flush=True)
+    jax.distributed.shutdown()
+
+
+def load(model: str) -> dict[str, int]:
+    """Returns the bytes that this process holds of a model, and all that there are."""
+    import jax
+
+    from jaxserve.checkpoint import load_params
+    from jaxserve.pallas_kernels import kernel_set
+    from jaxserve.partitioning.layout_file import choose
+    from jaxserve.serving.model_files import ModelFiles
+    from jaxserve.serving.placing import places_of, program_of
+
+    files = ModelFiles.find(model, "bfloat16")
     layout = choose(files.info.config, "bfloat16", mesh="2,2,2", layout="ws2d", attention="batch")
     program = program_of(files.info.config, "bfloat16", kernel_set(), layout)
     params = load_params(files.info, program.model, places_of(program))
@@ -44,8 +77,7 @@ def main(address: str, num_processes: int, process: int) -> None:
         # Devices that hold the same part share one read.
         parts = {str(shard.index): shard.data.nbytes for shard in leaf.addressable_shards}
         held += sum(parts.values())
-    print(json.dumps({"read": read, "held": held, "whole": files.info.nbytes}), flush=True)
-    jax.distributed.shutdown()
+    return {"held": held, "whole": files.info.nbytes}
 
 
 if __name__ == "__main__":

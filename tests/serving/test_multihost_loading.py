@@ -35,4 +35,5 @@ def test_four_processes_read_what_they_hold() -> None:
         # The checkpoint's dtype is the model's, and nothing of it is padded.
         assert one["read"] == one["held"]
         assert one["read"] < 0.4 * one["whole"]
+        assert one["from_store"] == {name: one[name] for name in ("held", "whole", "read")}
     assert sum(one["read"] for one in found) >= found[0]["whole"]
