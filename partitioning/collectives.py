@@ -619,10 +619,24 @@ def _scattered(pieces: Array, axes: tuple[str, ...]) -> Array:
 
 def _rows(table: Array, index: Array, scales: Array | None, dtype: DTypeLike) -> Array:
     """Returns the rows of a table, of their scales where it is quantised."""
-    rows = jnp.take(table, index, axis=0)
     if scales is None:
-        return rows.astype(dtype)
+        return jnp.take(table, index, axis=0).astype(dtype)
+    columns = jnp.split(table, _column_parts(table, len(index)), axis=1)
+    rows = jnp.concatenate([jnp.take(some, index, axis=0) for some in columns], axis=1)
     return (rows.astype(jnp.float32) * jnp.take(scales, index, axis=0)[:, None]).astype(dtype)
+
+
+def _column_parts(table: Array, num_tokens: int) -> int:
+    """Returns into how many parts a table of int8 is cut, so that a TPU can look up many tokens.
+
+    A table that fits into fast memory is brought there, and made one of 32 bits by the lookup: 8
+    MiB become 32 there, all that a program may have. A longer table is read where it lies, and few
+    tokens are read one by one.
+    """
+    if table.size > 32 << 20 or num_tokens <= 256:
+        return 1
+    least, lanes = -(-table.size // (4 << 20)), table.shape[1] / 128
+    return next((parts for parts in range(least, int(lanes) + 1) if lanes % parts == 0), 1)
 
 
 def _biased(x: Array, bias: Array | None) -> Array:
