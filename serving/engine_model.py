@@ -34,7 +34,7 @@ from jaxserve.serving.multihost.follower import Follower
 from jaxserve.serving.multihost.identity import identity_of
 from jaxserve.serving.multihost.join import check_mesh, join, start_jax
 from jaxserve.serving.multihost.leader import Leader
-from jaxserve.serving.multihost.ranks import breaking_off
+from jaxserve.serving.multihost.ranks import Ranks, breaking_off
 from jaxserve.serving.placing import places_of, program_of, sized
 from jaxserve.serving.wire import Start
 
@@ -62,7 +62,11 @@ class LoggedProgress:
         yield advance
 
 
-def build_model(start: Start, phase: Callable[[str], None]) -> Made | Follows:
+def build_model(
+    start: Start,
+    phase: Callable[[str], None],
+    joined: Callable[[Ranks], None] = lambda ranks: None,
+) -> Made | Follows:
     """Returns the engine of a model, every program of it compiled.
 
     Of a group that is what rank 0 has; the others follow it.
@@ -79,6 +83,7 @@ def build_model(start: Start, phase: Callable[[str], None]) -> Made | Follows:
         return _build(start, phase, files, None)
     identity = identity_of(start, files.info.path, start.group.num_processes)
     ranks = join(start.group, identity, phase)
+    joined(ranks)
     with breaking_off(ranks):
         phase("devices of all ranks")
         start_jax(start.group)

@@ -25,7 +25,7 @@ from jaxserve.serving import logs
 from jaxserve.serving.engine import Engine
 from jaxserve.serving.made import Build, Follows, Made
 from jaxserve.serving.metrics import MetricsSnapshot, snapshot
-from jaxserve.serving.multihost.ranks import end_process
+from jaxserve.serving.multihost.ranks import Ranks, end_process
 from jaxserve.serving.outlet import Outlet
 from jaxserve.serving.request import Request, SamplingParams, TokenEvent
 from jaxserve.serving.wire import (
@@ -86,7 +86,7 @@ class EngineProcess:
         self._startup_seconds["import"] = time.monotonic() - start.launched_s
         logs.set_up(start.log_json, "engine")
         try:
-            made = self._build(start, self._enter)
+            made = self._build(start, self._enter, self._join)
             if isinstance(made, Made):
                 self._enter("first request")
                 _first_request(made.engine)
@@ -96,8 +96,6 @@ class EngineProcess:
             return 1
         self._enter(None)
         _settle()
-        if made.ranks is not None:
-            made.ranks.on_lost = self._lose
         if isinstance(made, Follows):
             return self._follow(made)
         made.engine.after_events = self._hand_over
@@ -121,6 +119,10 @@ class EngineProcess:
         self._tell(Left())
         self._outlet.drain(1.0)
         return 0
+
+    def _join(self, ranks: Ranks) -> None:
+        """Belongs to a group from now on: its end is told, while this process starts too."""
+        ranks.on_lost = self._lose
 
     def _lose(self, reason: str) -> None:
         """Ends the process whose group is lost: what a step waits for never comes."""

@@ -35,7 +35,7 @@ from jaxserve.serving.multihost.group import Group
 from jaxserve.serving.multihost.join import join
 from jaxserve.serving.multihost.leader import LeadingRunner
 from jaxserve.serving.multihost.messages import Identity
-from jaxserve.serving.multihost.ranks import breaking_off
+from jaxserve.serving.multihost.ranks import Ranks, breaking_off
 from jaxserve.serving.pages import GroupLimits
 from jaxserve.serving.plan import SchedulerConfig, StepPlan
 from jaxserve.serving.service import LocalService, ModelCard
@@ -174,24 +174,29 @@ def fake_start(group: Group | None = None, **fields: Any) -> Start:
     """Returns what starts a process of a fake engine.
 
     Args:
-        fields: as of `fake_runner`; and `identity`, what a rank differs in from its group.
+        fields: as of `fake_runner`; and of a rank `identity`, what it differs in from its group,
+            and `load_s`, how long it loads.
     """
     groups = [limits.num_pages for limits in fields.pop("groups", ())]
     return Start(json.dumps(fields | ({"num_pages": groups} if groups else {})), group=group)
 
 
-def _build(start: Start, phase: Callable[[str], None]) -> Made | Follows:
+def _build(
+    start: Start, phase: Callable[[str], None], joined: Callable[[Ranks], None]
+) -> Made | Follows:
     phase("fake")
     fields = json.loads(start.model)
     if pages := fields.pop("num_pages", None):
         fields["groups"] = tuple(map(GroupLimits, pages))
     info = {"versions": {"jaxserve": jaxserve.__version__}}
-    identity = _IDENTITY | fields.pop("identity", {})
+    identity, load_s = _IDENTITY | fields.pop("identity", {}), fields.pop("load_s", 0.0)
     if start.group is None:
         return Made(fake_engine(**fields), info)
     same = Identity(num_processes=start.group.num_processes, **identity)
     ranks = join(start.group, same, phase)
+    joined(ranks)
     with breaking_off(ranks):
+        time.sleep(load_s)
         runner, config = fake_runner(**fields)
         ranks.agree("ready")
         ranks.serve()

@@ -42,6 +42,11 @@ class Follows(NamedTuple):
 
 
 class Build(Protocol):
-    """Makes what a server asks for; `phase` is told what begins."""
+    """Makes what a server asks for.
 
-    def __call__(self, start: Start, phase: Callable[[str], None]) -> Made | Follows: ...
+    `phase` is told what begins; `joined`, in which group, as soon as all of it are there.
+    """
+
+    def __call__(
+        self, start: Start, phase: Callable[[str], None], joined: Callable[[Ranks], None]
+    ) -> Made | Follows: ...

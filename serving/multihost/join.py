@@ -12,6 +12,7 @@ from jaxserve.serving.multihost.follower import Follower
 from jaxserve.serving.multihost.group import Group
 from jaxserve.serving.multihost.leader import Leader
 from jaxserve.serving.multihost.messages import Identity
+from jaxserve.serving.multihost.program_cache import keep_programs
 
 
 def join(
@@ -30,6 +31,8 @@ def start_jax(group: Group) -> None:
     """Has JAX see the devices of all ranks; called before any of them is used."""
     if jax.config.jax_platforms == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        if not group.leads:
+            keep_programs()
     jax.distributed.initialize(
         group.coordinator,
         group.num_processes,

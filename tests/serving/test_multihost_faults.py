@@ -314,6 +314,17 @@ def test_a_rank_of_another_layout_ends_all_processes() -> None:
             assert rank.said("rank 1 has another layout or other sizes (xy) than rank 0 (ab)")
 
 
+def test_a_rank_lost_at_the_first_start_is_named_and_ends_all_processes() -> None:
+    with group(2, load_s=30.0) as ranks:
+        wait(lambda: ranks.ranks[0].said("all 2 ranks are there"))
+        os.kill(ranks.ranks[1].engine_pid, signal.SIGKILL)
+        for rank in ranks.ranks:
+            assert rank.process.wait(WAIT_S) != 0
+        said = "the engine ended while it started: rank 1 closed its connection"
+        assert ranks.ranks[0].said(said)
+        assert ranks.ranks[1].said("the rank is lost: it was ended by SIGKILL")
+
+
 @pytest.mark.slow
 def test_missing_ranks_are_named_while_they_are_waited_for() -> None:
     with group(4, {rank: {"join_s": 4.0} for rank in range(4)}) as ranks:
