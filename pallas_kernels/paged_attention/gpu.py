@@ -84,9 +84,9 @@ def init_pages(num_pages: int, page_size: int, spec: CacheSpec) -> Pages:
     _, heads, head = spec.token_shape
     if page_size not in (16, 32, 64, 128, 256):
         raise UnsupportedError(f"page_size={page_size} is not 16, 32, 64, 128 or 256; use one")
-    if head % FEATURES or head > 256:
+    if head % FEATURES or head > 128 and head != 256:
         raise UnsupportedError(
-            f"head_dim={head} is no multiple of {FEATURES} up to 256, which backend='gpu' needs; "
+            f"head_dim={head} is neither 256 nor a multiple of {FEATURES} up to 128, as backend='gpu' needs; "
             "use 'xla'"
         )
     shape = num_pages, heads, page_size, head
@@ -166,7 +166,7 @@ def paged_attention(
     )
     tile = tile or tile_for(
         spec, page_size, page_table.shape[1], page_table.shape[0],
-        pages.keys.dtype.itemsize > 1, pages.keys.dtype != q.dtype,
+        pages.keys.dtype.itemsize, pages.keys.dtype != q.dtype,
     )  # fmt: skip
     static = _Static(spec, page_size, pinned_pages, sink_tokens, max_query, tile)
     out, lse = on_platform(partial(_attention, static), interpret, arrays)

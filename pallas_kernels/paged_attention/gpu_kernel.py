@@ -24,13 +24,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxserve.config import AttentionSpec
 from jaxserve.pallas_kernels.hopper import ROWS, swizzled
-from jaxserve.pallas_kernels.paged_attention.gpu_tiles import Tile
+from jaxserve.pallas_kernels.paged_attention.gpu_tiles import Tile, chunk_of
 from jaxserve.pallas_kernels.paged_attention.items import Item
 
 LOG2E = math.log2(math.e)
-
-CHUNK = 128
-"""Features of a head that the second product takes at once, so that sums stay in registers."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +149,8 @@ def _scratch(build: Build, operands: Operands, interpret: bool) -> _Slots:
     scaled = operands.scales is not None
 
     def rows(*shape: int, dtype: Any = wide) -> Any:
-        return plgpu.SMEM(shape, dtype, transforms=swizzled(shape[-1], dtype))
+        # Chunks of features are whole swizzles.
+        return plgpu.SMEM(shape, dtype, transforms=swizzled(chunk_of(shape[-1]), dtype))
 
     queries = build.groups, ROWS, head
     kept = plgpu.SMEM((tile.stages, tile.keys), jnp.float32)
@@ -167,7 +165,7 @@ def _scratch(build: Build, operands: Operands, interpret: bool) -> _Slots:
         wide=rows(tile.keys, head) if narrow != wide else None,
         # The interpreter has no wgmma whose left operand lies in registers.
         weights=rows(build.groups, ROWS, tile.keys) if interpret else None,
-        out=rows(build.groups, ROWS, min(head, CHUNK), dtype=jnp.dtype(build.out_dtype)),
+        out=rows(build.groups, ROWS, chunk_of(head), dtype=jnp.dtype(build.out_dtype)),
         lse=plgpu.SMEM((build.groups, ROWS), jnp.float32),
         arrived=plgpu.Barrier(
             num_arrivals=1 if operands.q_sink is None else 2, num_barriers=build.groups
@@ -303,8 +301,8 @@ def _reduced(
         full((ROWS,), -jnp.inf, by_row),
         full((ROWS,), 0.0, by_row),
         tuple(
-            full((ROWS, min(CHUNK, features - c)), 0.0, plgpu.Layout.WGMMA)
-            for c in range(0, features, CHUNK)
+            full((ROWS, chunk_of(features)), 0.0, plgpu.Layout.WGMMA)
+            for c in range(0, features, chunk_of(features))
         ),
     )
     return lax.fori_loop(low, high, turn, empty)
@@ -392,29 +390,44 @@ def _added(build: Build, slots: _Slots, slot: Any, sums: _Sums, scores: Any) -> 
     values = _as_queries(slots, slots.values.at[slot])
     out = []
     for c, chunk in enumerate(sums.out):
-        features = pl.ds(c * CHUNK, chunk.shape[1])
+        features = pl.ds(c * chunk.shape[1], chunk.shape[1])
 
-        def run(acc: Any, features: Any = features) -> Any:
-            plgpu.wgmma(acc, p, values.at[:, features])
-            plgpu.wgmma_wait(0)
-            return acc[...]
-
-        more = pl.run_scoped(run, plgpu.ACC(chunk.shape, jnp.float32))
-        out.append(chunk * lax.broadcast_in_dim(decay, chunk.shape, [0]) + more)
+        kept = chunk * lax.broadcast_in_dim(decay, chunk.shape, [0])
+        out.append(_plus_product(kept, p, values.at[:, features], slots.weights is not None))
     plgpu.barrier_arrive(slots.free.at[slot])
     return _Sums(top, total, tuple(out))
+
+
+def _plus_product(kept: Any, p: Any, values: Any, interpreted: bool) -> Any:
+    """Returns kept + p values; the interpreter has no sums that begin with something."""
+
+    def run(acc: Any) -> None:
+        plgpu.wgmma(acc, p, values)
+        plgpu.wgmma_wait(0)
+
+    if not interpreted:
+        return pl.run_state(run)(plgpu.ACC.init(kept))
+
+    def alone(acc: Any) -> Any:
+        run(acc)
+        return acc[...]
+
+    return kept + pl.run_scoped(alone, plgpu.ACC(kept.shape, jnp.float32))
 
 
 def _as_queries(slots: _Slots, rows: Any) -> Any:
     """Returns rows of keys or values in the queries' type, in shared memory."""
     if slots.wide is None:
         return rows
-    x = rows[...]
-    if x.dtype == jnp.float8_e4m3fn:
-        x = x.astype(jnp.float32)  # which is how Hopper converts it
     # All threads are done with what is overwritten.
     plgpu.commit_smem()
-    slots.wide[...] = x.astype(slots.wide.dtype)
+    size = chunk_of(rows.shape[1])
+    for start in range(0, rows.shape[1], size):
+        part = slice(None), pl.ds(start, size)
+        x = rows.at[part][...]
+        if x.dtype == jnp.float8_e4m3fn:
+            x = x.astype(jnp.float32)  # which is how Hopper converts it
+        slots.wide.at[part][...] = x.astype(slots.wide.dtype)
     plgpu.commit_smem()
     return slots.wide
 
@@ -442,7 +455,7 @@ def _store(build: Build, slots: _Slots, sums: _Sums, out: Any, lse: Any) -> None
         rows = pl.ds(number * build.stored, build.stored)
         plgpu.copy_smem_to_gmem(
             slots.out.at[group, pl.ds(0, build.stored), pl.ds(0, chunk.shape[1])],
-            out.at[(*at, rows, pl.ds(c * CHUNK, chunk.shape[1]))],
+            out.at[(*at, rows, pl.ds(c * chunk.shape[1], chunk.shape[1]))],
         )
     plgpu.copy_smem_to_gmem(slots.lse.at[group], lse.at[(*at, pl.ds(number * ROWS, ROWS))])
     plgpu.wait_smem_to_gmem(0)
