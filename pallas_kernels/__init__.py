@@ -16,9 +16,13 @@ from typing import Any
 from jax import Array
 
 from jaxserve.errors import UnsupportedError
+from jaxserve.pallas_kernels import hopper
 
 BACKENDS = ("xla", "reference", "tpu")
-"""Backends with a complete set of kernels."""
+"""Backends whose kernels take every type."""
+
+GPU = "gpu"
+"""Backend for Hopper: activations of two bytes, and a JAX that has Mosaic GPU."""
 
 FOLDERS = {
     "matmul": "matmul",
@@ -64,12 +68,14 @@ def resolve(op: str, backend: str) -> Callable[..., Any]:
     """Returns the function that computes `op` on `backend`.
 
     Raises:
-        UnsupportedError: the backend is unknown or has no such kernel.
+        UnsupportedError: the backend is unknown or has no such kernel, or JAX is too old for it.
     """
-    if backend not in BACKENDS:
+    if backend not in (*BACKENDS, GPU):
         raise UnsupportedError(
-            f"backend={backend!r} has no {op} kernel; use one of {', '.join(BACKENDS)}"
+            f"backend={backend!r} has no {op} kernel; use one of {', '.join(BACKENDS)}, {GPU}"
         )
+    if backend == GPU:
+        hopper.require()
     return getattr(import_module(f"{__name__}.{FOLDERS[op]}.{backend}"), op)
 
 
