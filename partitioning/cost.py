@@ -25,6 +25,7 @@ from jaxserve.config import (
     AttentionSpec,
     BlockKind,
     LayerSpec,
+    MlpSpec,
     ModelConfig,
     NormKind,
     NormSpec,
@@ -307,7 +308,12 @@ def _attention_parts(spec: AttentionSpec) -> list[_Part]:
 
 
 def _mlp_parts(layer: LayerSpec) -> list[_Part]:
-    return [_Part(layer.mlp.ffn_dim, Stage.HIDDEN)] * (2 if layer.mlp.gated else 1)
+    return [_Part(_hidden(layer.mlp), Stage.HIDDEN)] * (2 if layer.mlp.gated else 1)
+
+
+def _hidden(mlp: MlpSpec) -> int:
+    """Returns the hidden features of a token, those of all experts that it takes."""
+    return mlp.ffn_dim * (1 if mlp.experts is None else mlp.experts.per_token)
 
 
 def _attention_weights(layer: LayerSpec, embed: int, meter: _Meter) -> Iterator[Collective]:
@@ -321,9 +327,36 @@ def _attention_weights(layer: LayerSpec, embed: int, meter: _Meter) -> Iterator[
 
 def _mlp_weights(layer: LayerSpec, embed: int, meter: _Meter) -> Iterator[Collective]:
     width, ffn = ("embed", embed), ("ffn", layer.mlp.ffn_dim)
-    for _ in range(2 if layer.mlp.gated else 1):
-        yield from meter.weight(width, ffn)
-    yield from meter.weight(ffn, width)
+    first = 2 if layer.mlp.gated else 1
+    if layer.mlp.experts is None:
+        for _ in range(first):
+            yield from meter.weight(width, ffn)
+        yield from meter.weight(ffn, width)
+        return
+    # Every expert's weights, whichever are taken, with their outputs before their inputs.
+    experts = ("experts", layer.mlp.experts.count)
+    for _ in range(first):
+        yield from meter.weight(experts, ffn, width)
+    yield from meter.weight(experts, width, ffn)
+
+
+def _routed(layer: LayerSpec, embed: int, meter: _Meter) -> Iterator[Collective]:
+    """Yields what it takes to score the experts: float32[T, E], summed where the width is cut."""
+    if layer.mlp.experts is None:
+        return
+    count, lies = layer.mlp.experts.count, meter.placement(Stage.INPUT)
+    yield from meter.weight(("experts", count), ("embed", embed))
+    if lies.features:
+        elements = meter.tokens // meter.count(lies.tokens) * count
+        yield meter.one(Kind.ALL_REDUCE, lies.features, elements, "float32")
+
+
+def _fed(layer: LayerSpec, meter: _Meter) -> Iterator[Collective]:
+    """Yields what brings the hidden features to the last projection; those of experts at once."""
+    if layer.mlp.experts is None:
+        yield from meter.contract(layer.mlp.ffn_dim, Stage.HIDDEN)
+    else:
+        yield from meter.move(_hidden(layer.mlp), Stage.HIDDEN, Stage.CONTRACTED)
 
 
 def _attended(spec: AttentionSpec, meter: _Meter) -> Iterator[Collective]:
@@ -340,10 +373,11 @@ def _side_by_side(layer: LayerSpec, embed: int, meter: _Meter) -> Iterator[Colle
     # A second norm of the same input has the same statistics.
     yield from meter.norm(layer.norm, Stage.INPUT)
     yield from _attention_weights(layer, embed, meter)
+    yield from _routed(layer, embed, meter)
     yield from _mlp_weights(layer, embed, meter)
     yield from meter.distribute([*_attention_parts(layer.attention), *_mlp_parts(layer)])
     yield from _attended(layer.attention, meter)
-    yield from meter.contract(layer.mlp.ffn_dim, Stage.HIDDEN)
+    yield from _fed(layer, meter)
     yield from meter.move(embed, Stage.PRODUCED, Stage.RESIDUAL)
 
 
@@ -359,9 +393,10 @@ def _attention(layer: LayerSpec, embed: int, meter: _Meter) -> Iterator[Collecti
 def _mlp(layer: LayerSpec, embed: int, meter: _Meter) -> Iterator[Collective]:
     yield from meter.move(embed, Stage.RESIDUAL, Stage.INPUT)
     yield from meter.norm(layer.norm, Stage.INPUT)
+    yield from _routed(layer, embed, meter)
     yield from _mlp_weights(layer, embed, meter)
     yield from meter.distribute(_mlp_parts(layer))
-    yield from meter.contract(layer.mlp.ffn_dim, Stage.HIDDEN)
+    yield from _fed(layer, meter)
     yield from _added(layer, embed, meter)
 
 

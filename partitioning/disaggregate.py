@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxserve.config import ModelConfig
-from jaxserve.errors import UnsupportedError, UsageError
+from jaxserve.errors import UsageError
 from jaxserve.partitioning.demand import Demand, Serving, Space
 from jaxserve.partitioning.efficiency import Efficiency
 from jaxserve.partitioning.estimate import Coster
@@ -114,7 +114,7 @@ def _coster(
 ) -> Coster | None:
     try:
         share = Share.of(config, phase, laid.sizes)
-    except (UsageError, UnsupportedError):
+    except UsageError:
         return None
     free = laid.network.on.device_hbm_bytes - weights_bytes(share, kept)
     if free < 0:

@@ -252,10 +252,7 @@ class Coster:
         flops, rate, origin = self._flops(op, rows)
         yield Term(op.name, Part.COMPUTE, flops, "flop", flops / rate, origin, ahead=True)
         each = self.kept.weights.per_element(op.inputs)
-        # A gathered weight is read where it lies, written, and read again.
-        read = op.used if op.used <= op.stored else op.stored + 2 * op.used
-        read = read * op.read_share(tokens)
-        yield self._memory(op.name, Part.WEIGHTS, read * each * op.turns)
+        yield self._memory(op.name, Part.WEIGHTS, op.read(tokens) * each * op.turns)
         size = rows * (op.inner + op.outer) * op.turns * self.kept.activation_bytes
         yield self._memory(op.name, Part.ACTIVATIONS, size)
 

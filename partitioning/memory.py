@@ -163,7 +163,8 @@ def _activations(share: Share, tokens: Any) -> Any:
     for run in share.runs:
         spec, mlp = run.layer.attention, run.layer.mlp
         heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-        ffn = mlp.ffn_dim * (2 if mlp.gated else 1)
+        taken = 1 if mlp.experts is None else mlp.experts.per_token
+        ffn = mlp.ffn_dim * taken * (2 if mlp.gated else 1)
         width = heads + ffn if run.layer.block is BlockKind.PARALLEL else max(heads, ffn)
         widest = max(widest, width / (cut * pieces))
     # A projection's result and what the non-linearity makes of it.

@@ -4,7 +4,8 @@
     layouts(dict(mesh.sizes), space)
 
 Two meshes that only name the same chips differently, and two layouts that put everything in the
-same place, cost the same; one of each is kept. No JAX.
+same place, cost the same; one of each is kept. So are meshes of two axes and more where one axis
+would be a whole torus: TPU compilers make all-reduces of its scatters. No JAX.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from jaxserve.partitioning.demand import Space
 from jaxserve.partitioning.hardware import ChipSlice
 from jaxserve.partitioning.layout import Ffn, Heads, PhaseLayout
 from jaxserve.partitioning.network import Network
+
+_FEW = 16
+"""Chips from which on a scatter over all of them is not kept."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ def meshes(on: ChipSlice) -> list[Laid]:
             try:
                 network = Network.of(on, {"x": x, "y": y, "z": count // x // y})
             except UsageError:
+                continue
+            if _sums_twice(network):
                 continue
             found.setdefault(x, []).append(network)
     laid = []
@@ -114,6 +120,18 @@ def _differs_heads(heads: Heads, sizes: Mapping[str, int]) -> bool:
 def _splits(ffn: Ffn, heads: Heads) -> bool:
     """Returns whether a layout tells y from z."""
     return ffn is Ffn.WG_XY or heads is Heads.HEADS_BATCH_XY
+
+
+def _sums_twice(network: Network) -> bool:
+    """Returns whether scatters over the one axis of a mesh become all-reduces on TPU.
+
+    They do on 4x4 chips and more, and stay what they are on 2x4 and fewer (libtpu 0.0.52).
+    """
+    sizes = dict(network.sizes)
+    whole = [axis for axis in sizes if sizes[axis] > 1]
+    if len(whole) != 1 or network.on.num_devices < _FEW:
+        return False
+    return len(network.lanes(whole)) > 1 and not any(lane.switch for lane in network.lanes(whole))
 
 
 def _split(network: Network) -> bool:

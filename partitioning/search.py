@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from jaxserve.config import ModelConfig
-from jaxserve.errors import UnsupportedError, UsageError
+from jaxserve.errors import UsageError
 from jaxserve.partitioning.demand import Demand, Objective, Serving, Space
 from jaxserve.partitioning.disaggregate import disaggregated
 from jaxserve.partitioning.efficiency import Efficiency
@@ -36,7 +36,7 @@ from jaxserve.partitioning.memory import Kept, kv_bytes, weights_bytes
 from jaxserve.partitioning.meshes import Laid, layouts, meshes
 from jaxserve.partitioning.points import Option, Points, joined
 from jaxserve.partitioning.traffic import Traffic
-from jaxserve.partitioning.work import Share, has_experts, num_parameters
+from jaxserve.partitioning.work import Share, num_parameters
 
 FULL = 0.9
 """Share of its capacity at which a deployment is taken to be full (assumed)."""
@@ -165,7 +165,6 @@ def search(
     Raises:
         UsageError: requests are longer than the model's context, the model's width divides over no
             mesh of the slice, or no price is known where cost is the objective.
-        UnsupportedError: the model has experts and no part of the slice is one device.
     """
     space = space or Space()
     demand.check(config)
@@ -181,11 +180,6 @@ def search(
     if Serving.DISAGGREGATED in space.serving:
         found += disaggregated(config, on, demand, space, tally.seen)
     if not found and tally.least_short is None:
-        if has_experts(config):
-            raise UnsupportedError(
-                f"experts over several devices are not planned, and {on.name} does not divide into "
-                "slices of one; use another slice, or allow more replicas"
-            )
         raise UsageError(
             f"embed_dim={config.embed_dim} divides over no mesh of {on.name}; use another slice"
         )
@@ -255,7 +249,7 @@ class _Bench:
         if phase not in self._shares:
             try:
                 self._shares[phase] = Share.of(self.config, phase, self.laid.sizes)
-            except (UsageError, UnsupportedError):
+            except UsageError:
                 self._shares[phase] = None
         return self._shares[phase]
 

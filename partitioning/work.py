@@ -17,7 +17,6 @@ from functools import cached_property
 from typing import Any
 
 from jaxserve.config import AttentionSpec, BlockKind, LayerSpec, MlpSpec, ModelConfig
-from jaxserve.errors import UnsupportedError
 from jaxserve.partitioning.cost import padded
 from jaxserve.partitioning.layout import PhaseLayout, Stage
 from jaxserve.partitioning.padding import Padding
@@ -51,12 +50,17 @@ class Product:
     experts: int = 1
     taken: int = 1
 
-    def read_share(self, tokens: Any) -> Any:
-        """Returns the share of the weight that a step reads: of experts, those that are taken.
+    def read(self, tokens: Any) -> Any:
+        """Returns the elements that a step of so many tokens reads and writes of the weight.
 
-        Tokens are taken to choose at random, which is the most that they can spread.
+        A gathered weight is read where it lies, written, and read again. Of experts those are read
+        that are taken, of which tokens that choose at random take the most.
         """
-        return 1.0 if self.experts == 1 else 1 - (1 - self.taken / self.experts) ** tokens
+        taken = 1.0
+        if self.experts > 1:
+            taken = 1 - (1 - self.taken / self.experts) ** -(-tokens // self.cut)
+        gathered = self.stored + self.used if self.used > self.stored else 0
+        return gathered + self.used * taken
 
 
 @dataclass(frozen=True)
@@ -96,13 +100,7 @@ class Share:
 
         Raises:
             UsageError: the width does not divide over the mesh.
-            UnsupportedError: the model has experts, and the mesh more than one device.
         """
-        if has_experts(config) and math.prod(sizes.values()) > 1:
-            raise UnsupportedError(
-                "experts over several devices are not planned: what they send is not derived yet; "
-                "plan copies of the model on slices of one device"
-            )
         phases = dict.fromkeys((phase, phase if other is None else other))
         padding = Padding(tuple(phases), tuple(sizes.items()))
         padding.check(config)
@@ -252,13 +250,15 @@ class Share:
         if run.layer.block is BlockKind.PARALLEL and mlp.experts is None:
             yield _joined("first projections", first, into)
             yield from (last, down)
-        else:
-            yield from (first, last, into, down)
-
-
-def has_experts(config: ModelConfig) -> bool:
-    """Returns whether any layer has experts."""
-    return any(layer.mlp.experts is not None for layer in config.pattern)
+            return
+        yield from (first, last)
+        if mlp.experts is not None:
+            count = mlp.experts.count
+            kept = self._stored(("experts", count), width)
+            yield Product(
+                "router", tokens, inputs, count, inputs * count, kept, embed, count, turns
+            )
+        yield from (into, down)
 
 
 def num_parameters(config: ModelConfig, *, active: bool = False) -> int:

@@ -21,7 +21,7 @@ def plan_config(model: str | Path | ModelConfig) -> ModelConfig:
     Raises:
         UsageError: there is no such name and no such file.
         ConfigError: config.json lacks a field, or has one that is not known.
-        UnsupportedError: the family is not supported, a mixture of experts for one.
+        UnsupportedError: the family is not supported.
     """
     if isinstance(model, ModelConfig):
         return model

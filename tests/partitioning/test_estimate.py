@@ -17,7 +17,7 @@ from jaxserve.config import (
     NormKind,
     NormSpec,
 )
-from jaxserve.errors import UnsupportedError, UsageError
+from jaxserve.errors import UsageError
 from jaxserve.partitioning.dtypes import KV, WEIGHTS, stored
 from jaxserve.partitioning.efficiency import Efficiency
 from jaxserve.partitioning.estimate import Coster, Part, Step, estimate, picked
@@ -198,5 +198,13 @@ def test_experts_are_read_as_far_as_they_are_taken():
     # Two experts for each of 16 tokens.
     assert amounts(step, Part.COMPUTE)["MLP in"] == 2 * 32 * E * 2 * F * L
     assert num_parameters(config) - num_parameters(config, active=True) == 6 * 3 * E * F * L
-    with pytest.raises(UnsupportedError, match="experts over several devices are not planned"):
-        estimate(step, slice_of("v4:2x2x1"), {"x": 1, "y": 2, "z": 2})
+    # Over four devices each has a quarter of every expert.
+    cut = estimate(step, slice_of("v4:2x2x1"), {"x": 1, "y": 2, "z": 2}).terms
+    read = {term.name: term.amount for term in cut if term.part is Part.WEIGHTS}
+    assert read["MLP in"] == pytest.approx(8 * one * share / 4)
+    # Gathered whole, all experts are moved whichever are taken: read, written; those taken read.
+    gathered = replace(step, phase=PhaseLayout(Ffn.WG_XYZ, Heads.BATCH))
+    terms = estimate(gathered, slice_of("v4:2x2x1"), {"x": 1, "y": 2, "z": 2}).terms
+    read = {term.name: term.amount for term in terms if term.part is Part.WEIGHTS}
+    own = 1 - (1 - 2 / 8) ** 4
+    assert read["MLP in"] == pytest.approx(8 * one * (1 / 4 + 1 + own))

@@ -14,6 +14,7 @@ from jaxserve.config import (
     Activation,
     AttentionSpec,
     BlockKind,
+    ExpertsSpec,
     LayerSpec,
     MlpSpec,
     ModelConfig,
@@ -99,6 +100,25 @@ def test_pieces_that_go_around_are_as_many_bytes_as_a_gather(ring):
     plain = step_collectives(SERIAL, replace(phase, overlap=Ring.PLAIN), on.sizes, Pass(64, 64))
     layer = (one.wire_bytes(on.sizes) for one in plain if one.where is Where.LAYER)
     assert report.wire("compiled") == sum(layer)
+
+
+@pytest.mark.parametrize(
+    ("ffn", "heads"),
+    [(Ffn.WS2D, Heads.HEADS), (Ffn.WS1D, Heads.BATCH), (Ffn.WG_XY, Heads.HEADS_BATCH)],
+)
+def test_experts_send_what_is_derived(ffn, heads):
+    mlp = MlpSpec(1024, Activation.SILU, True, experts=ExpertsSpec(8, 2))
+    config = replace(SERIAL, layers=tuple(replace(one, mlp=mlp) for one in SERIAL.layers))
+    phase, on = PhaseLayout(ffn, heads), SLICES["v5e:2x4"]
+    job = Job(config, phase, 64, 128)
+    report = check(job, on)
+    assert differences(report) == {}
+    # The router's scores.
+    summed = report.compiled.get(("all-reduce", ("x",), "f32", Where.LAYER), 0)
+    assert (summed >= 64 * 8 * 4) is (ffn is Ffn.WS2D)
+    assert report.copies == ()
+    counted = weights_bytes(Share.of(config, phase, on.sizes), Kept(WEIGHTS["bfloat16"]))
+    assert argument_bytes(replace(job, batch=0, slots=0), on.sizes) == pytest.approx(counted)
 
 
 @pytest.mark.parametrize(
