@@ -229,7 +229,10 @@ def run(work: Awaitable[Any]) -> Any:
     return asyncio.run(bounded())
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+SIZES = [2, pytest.param(4, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_a_killed_rank_is_named_fails_what_runs_and_comes_back(size: int) -> None:
     async def work(ranks: Ranks) -> None:
         port, last = ranks.http, ranks.ranks[-1]
@@ -258,9 +261,10 @@ def test_a_killed_rank_is_named_fails_what_runs_and_comes_back(size: int) -> Non
         run(work(ranks))
 
 
-def test_a_silent_rank_is_named_within_the_deadline() -> None:
+@pytest.mark.parametrize("size", SIZES)
+def test_a_silent_rank_is_named_within_the_deadline(size: int) -> None:
     async def work(ranks: Ranks) -> None:
-        port, last = ranks.http, ranks.ranks[1]
+        port, last = ranks.http, ranks.ranks[-1]
         task = asyncio.create_task(complete(port, 500))
         await running_is(port, 1)
         stopped = last.engine_pid
@@ -268,12 +272,12 @@ def test_a_silent_rank_is_named_within_the_deadline() -> None:
         began = time.monotonic()
         status, _, body = await task
         assert status == 503
-        assert "rank 1 gave no sign of life for 1.5 s" in body
+        assert f"rank {size - 1} gave no sign of life for 1.5 s" in body
         assert time.monotonic() - began < NOTICED_S
         await ready_again(port)  # its own server has replaced it
         assert last.engine_pid != stopped
 
-    with group(2, step_s=0.05) as ranks:
+    with group(size, step_s=0.05) as ranks:
         ranks.wait_ready()
         run(work(ranks))
 
@@ -307,11 +311,21 @@ def test_a_rank_that_computes_other_tokens_is_named() -> None:
         wait(lambda: ranks.ranks[0].said("rank 1 computed other tokens"), NOTICED_S)
 
 
-def test_a_rank_of_another_layout_ends_all_processes() -> None:
-    with group(2, {1: {"identity": {"layout": "xy"}}}) as ranks:
+@pytest.mark.parametrize(
+    ("size", "field", "said"),
+    [
+        (2, "layout", "another layout or other sizes (xy) than rank 0 (ab)"),
+        pytest.param(4, "layout", "another layout or other sizes (xy)", marks=pytest.mark.slow),
+        pytest.param(2, "model", "another model (xy) than rank 0 (cd)", marks=pytest.mark.slow),
+        pytest.param(4, "jaxserve", "another version of jaxserve (xy)", marks=pytest.mark.slow),
+    ],
+    ids=["2-layout", "4-layout", "2-model", "4-version"],
+)
+def test_a_rank_of_another_kind_ends_all_processes(size: int, field: str, said: str) -> None:
+    with group(size, {size - 1: {"identity": {field: "xy"}}}) as ranks:
         for rank in ranks.ranks:
             assert rank.process.wait(WAIT_S) != 0
-            assert rank.said("rank 1 has another layout or other sizes (xy) than rank 0 (ab)")
+            assert rank.said(f"rank {size - 1} has {said}")
 
 
 def test_a_rank_lost_at_the_first_start_is_named_and_ends_all_processes() -> None:
@@ -380,23 +394,25 @@ def pump(source: socket.socket, sink: socket.socket) -> None:
         sink.shutdown(socket.SHUT_WR)
 
 
-def test_a_dropped_connection_is_noticed_on_both_sides() -> None:
+@pytest.mark.parametrize("size", SIZES)
+def test_a_dropped_connection_is_noticed_on_both_sides(size: int) -> None:
     async def work(ranks: Ranks) -> None:
         task = asyncio.create_task(complete(ranks.http, 500))
         await running_is(ranks.http, 1)
         proxy.drop()
         status, _, body = await task
         assert status == 503
-        assert "rank 1" in body and "connection" in body
+        assert f"rank {size - 1}" in body and "connection" in body
         await ready_again(ranks.http)
 
     port = free_port()
     proxy = Proxy(port + 1)
-    ranks = Ranks(2, {1: {"coordinator": f"127.0.0.1:{proxy.port - 1}"}}, port, step_s=0.05)
+    changes = {size - 1: {"coordinator": f"127.0.0.1:{proxy.port - 1}"}}
+    ranks = Ranks(size, changes, port, step_s=0.05)
     try:
         ranks.wait_ready()
         run(work(ranks))
-        assert ranks.ranks[1].said("the group is lost: rank 0")
+        assert ranks.ranks[-1].said("the group is lost: rank 0")
     finally:
         ranks.end()
         proxy.listener.close()
