@@ -95,7 +95,9 @@ def search(
     ] = False,
     replicas: Annotated[int, typer.Option(help="most copies of the model")] = 256,
     expert: Annotated[int, typer.Option(help="no layout has this axis yet")] = 1,
-    pipeline: Annotated[int, typer.Option(help="no layout has this axis yet")] = 1,
+    pipeline: Annotated[
+        int, typer.Option(help="most stages of layers, which are priced and not run yet")
+    ] = 1,
     top: Annotated[int, typer.Option(help="answers to show")] = 5,
     explain: Annotated[bool, typer.Option("--explain", help="show every term")] = False,
     verify: Annotated[
@@ -109,9 +111,9 @@ def search(
 ) -> None:
     """Find the best layouts of a model on a slice for a load."""
     from jaxserve import planner
-    from jaxserve.planner.ask import check_axes
+    from jaxserve.planner.ask import check_expert
 
-    check_axes(expert, pipeline)
+    check_expert(expert)
     plan = planner.search(
         model,
         slice_name,
@@ -128,6 +130,7 @@ def search(
         layout=_names(layout),
         disaggregate=disaggregate,
         max_replicas=replicas,
+        max_stages=pipeline,
         top=top,
         hardware=hardware_file,
     )

@@ -91,6 +91,7 @@ class Space:
         chunks: tokens of a prompt in one step; 0 takes all of them.
         serving: colocated, disaggregated or both.
         max_replicas: most copies of the model side by side.
+        max_stages: most groups of layers, each on chips of its own, that a token goes through.
     """
 
     batches: tuple[int, int] = (1, 512)
@@ -102,11 +103,15 @@ class Space:
     chunks: tuple[int, ...] = (0, 512, 2048)
     serving: tuple[Serving, ...] = (Serving.COLOCATED,)
     max_replicas: int = 256
+    max_stages: int = 1
 
     def __post_init__(self) -> None:
         low, high = self.batches
         if not 1 <= low <= high:
             raise UsageError(f"batch {low}:{high} must be LEAST:MOST with 1 <= LEAST <= MOST")
+        for name in ("max_replicas", "max_stages"):
+            if (value := getattr(self, name)) < 1:
+                raise UsageError(f"{name}={value} must be at least 1")
 
     @property
     def batch_sizes(self) -> list[int]:

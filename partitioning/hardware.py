@@ -186,11 +186,17 @@ class ChipSlice:
         return Torus(tuple(axis.size for axis in axes), tuple(axis.ring for axis in axes))
 
     def part(self, pieces: int) -> ChipSlice | None:
-        """Returns one of equal pieces of the slice, cut across its longest sides; None for none."""
+        """Returns one of equal pieces of the slice; None for none.
+
+        It is cut across its longest sides, or between hosts first where chips of one share a
+        switch.
+        """
         shape = list(self.shape)
         left = pieces
         while left > 1:
             longest = max(range(len(shape)), key=lambda side: (shape[side], -side))
+            if self.chip.fabric is Fabric.SWITCH and shape[0] > 1:
+                longest = 0
             if left % 2 or shape[longest] % 2:
                 return None
             shape[longest] //= 2

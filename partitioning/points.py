@@ -24,12 +24,13 @@ class Option:
 
     Attributes:
         replicas: copies of the model side by side; of those that decode, where prefill is apart.
-        part: the chips of one.
+        part: the chips of one, or of one of its stages.
         network: its mesh.
         prefill, decode: layouts.
         kept: dtypes.
         serving: whether prefill has chips of its own.
         prefill_replicas, prefill_network: those, where it has.
+        stages: groups of layers of a replica, each on chips of its own.
     """
 
     replicas: int
@@ -41,6 +42,7 @@ class Option:
     serving: Serving
     prefill_replicas: int = 0
     prefill_network: Network | None = None
+    stages: int = 1
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -72,6 +74,8 @@ class Option:
             found.append(f"keys and values in {kv}")
         if self.serving is Serving.DISAGGREGATED:
             found.append("prefill on chips of its own")
+        if self.stages > 1:
+            found.append(f"layers in {self.stages} stages")
         return found
 
     def __str__(self) -> str:
@@ -79,6 +83,8 @@ class Option:
         if self.prefill != self.decode:
             phases = f"prefill {self.prefill.ffn}, decode {self.decode}"
         where = f"{self.part.name} as {self.mesh}"
+        if self.stages > 1:
+            where = f"{self.stages} stages of {where}"
         if self.serving is Serving.DISAGGREGATED:
             phases = f"prefill {self.prefill}, decode {self.decode}"
             sizes = "x".join(map(str, self.prefill_sizes.values()))

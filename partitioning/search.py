@@ -8,6 +8,10 @@ Every mesh of the slice and of its equal parts, every pair of layouts, dtype, ba
 of prompts is priced: layouts once, all their batches at once. What cannot fit is left out before
 its communication is derived. The times are estimates; see `estimate`. No JAX.
 
+A replica may be a pipeline: P stages of layers, on chips of their own, with P batches on their way.
+A token then takes P steps of a stage, and the slowest stage, priced with table and head, sets the
+pace.
+
 A replica that runs `batch` sequences spends its time on decoding and on the prompts of those that
 come after: a request costs S/g + O d/B seconds of it, with S for a group of g prompts, O output
 tokens and d for a decode step. Waiting before prefill is that of a queue with random arrivals and
@@ -30,7 +34,7 @@ from jaxserve.partitioning.demand import Demand, Objective, Serving, Space
 from jaxserve.partitioning.disaggregate import disaggregated
 from jaxserve.partitioning.efficiency import Efficiency
 from jaxserve.partitioning.estimate import Coster, Estimate
-from jaxserve.partitioning.hardware import ChipSlice
+from jaxserve.partitioning.hardware import ChipSlice, Fabric
 from jaxserve.partitioning.layout import PhaseLayout
 from jaxserve.partitioning.memory import Kept, kv_bytes, weights_bytes
 from jaxserve.partitioning.meshes import Laid, layouts, meshes
@@ -76,8 +80,9 @@ class Candidate:
     free_bytes: float
 
     def steps(self, config: ModelConfig, demand: Demand) -> dict[str, Estimate]:
-        """Returns the estimates of a prefill and of a decode step."""
+        """Returns the estimates of a prefill and of a decode step, of a stage where there are."""
         option = self.option
+        config = stage_of(config, option.stages)
         both = option.serving is Serving.COLOCATED
         first = Coster.of(
             config,
@@ -98,9 +103,12 @@ class Candidate:
         middle = demand.input_tokens + demand.output_tokens // 2
         before = (demand.input_tokens - self.chunk) // 2
         whole = demand.context_tokens
+        decode = later.estimate(self.batch // option.stages, 1, middle, whole)
+        # The batches that are in other stages have keys and values here, too.
+        kept = replace(decode.memory, kv_bytes=option.stages * decode.memory.kv_bytes)
         return {
             "prefill": first.estimate(self.group, self.chunk, before, demand.input_tokens),
-            "decode": later.estimate(self.batch, 1, middle, whole),
+            "decode": replace(decode, memory=kept),
         }
 
 
@@ -209,27 +217,57 @@ class _Tally:
 def _colocated(
     config: ModelConfig, on: ChipSlice, demand: Demand, space: Space, tally: _Tally
 ) -> Iterator[Points]:
-    for replicas, part in _parts(on, space):
+    for replicas, stages, part in _parts(on, space):
+        config_of_stage = stage_of(config, stages)
         for laid in meshes(part):
-            bench = _Bench(config, laid)
+            bench = _Bench(config_of_stage, laid, stages)
             for prefill, decode in layouts(laid, space):
                 for kept in _kept(space):
                     if not bench.may_fit(decode, kept, demand, space, tally):
                         continue
                     option = Option(
-                        replicas, part, laid.network, prefill, decode, kept, Serving.COLOCATED
+                        replicas,
+                        part,
+                        laid.network,
+                        prefill,
+                        decode,
+                        kept,
+                        Serving.COLOCATED,
+                        stages=stages,
                     )
                     first, later = (bench.coster(phase, kept) for phase in (prefill, decode))
                     yield _priced(option, first, later, demand, space, tally)
 
 
-def _parts(on: ChipSlice, space: Space) -> Iterator[tuple[int, ChipSlice]]:
-    """Yields (replicas, the slice of each)."""
-    replicas = 1
-    while replicas <= min(on.num_chips, space.max_replicas):
-        if (part := on.part(replicas)) is not None:
-            yield replicas, part
-        replicas *= 2
+def _parts(on: ChipSlice, space: Space) -> Iterator[tuple[int, int, ChipSlice]]:
+    """Yields (replicas, stages of each, the slice of a stage)."""
+    for replicas in _powers(min(on.num_chips, space.max_replicas)):
+        for stages in _powers(min(on.num_chips // replicas, space.max_stages)):
+            if (part := on.part(replicas * stages)) is not None:
+                yield replicas, stages, part
+
+
+def _powers(most: int) -> list[int]:
+    return [2**i for i in range(most.bit_length())]
+
+
+def stage_of(config: ModelConfig, stages: int) -> ModelConfig:
+    """Returns the longest stage of a model whose layers are dealt out, pattern by pattern."""
+    period = len(config.pattern)
+    turns = -(-config.num_layers // period // stages)
+    return replace(config, layers=config.layers[: turns * period])
+
+
+def _handed_s(part: ChipSlice, config: ModelConfig, kept: Kept, tokens: Any) -> Any:
+    """Returns the seconds that activations take to the next stage, a share from each chip."""
+    sides = part.axes
+    if not sides:  # one chip
+        link, hop_s = part.chip.number("link"), part.chip.number("hop_s")
+    else:
+        link, hop_s = min(side.bandwidth for side in sides), max(side.hop_s for side in sides)
+    if part.chip.fabric is Fabric.SWITCH:
+        link = part.chip.number("dcn")
+    return tokens * config.embed_dim * kept.activation_bytes / part.num_chips / link + hop_s
 
 
 def _kept(space: Space) -> list[Kept]:
@@ -239,8 +277,8 @@ def _kept(space: Space) -> list[Kept]:
 class _Bench:
     """A mesh, and the layouts that were made ready on it; the search alone writes it."""
 
-    def __init__(self, config: ModelConfig, laid: Laid) -> None:
-        self.config, self.laid = config, laid
+    def __init__(self, config: ModelConfig, laid: Laid, stages: int = 1) -> None:
+        self.config, self.laid, self.stages = config, laid, stages
         self._shares: dict[PhaseLayout, Share | None] = {}
         self._costers: dict[PhaseLayout, Coster] = {}
 
@@ -273,7 +311,8 @@ class _Bench:
         if share is None:
             return False
         taken = weights_bytes(share, kept)
-        taken += kv_bytes(share, kept, space.batches[0], demand.context_tokens)
+        least = max(space.batches[0], self.stages)
+        taken += kv_bytes(share, kept, least, demand.context_tokens)
         free = self.laid.network.on.device_hbm_bytes - taken
         if free < 0:
             tally.seen(free)
@@ -309,18 +348,27 @@ def _priced(
     tally: _Tally,
 ) -> Points:
     """Returns all batches, groups and chunks of a layout."""
-    batches = np.array(space.batch_sizes)
+    stages = option.stages
+    whole = np.array([size for size in space.batch_sizes if size % stages == 0])
+    batches = whole // stages
     groups, sizes = _groups_and_chunks(prefill, space, demand.input_tokens)
     steps = -(-demand.input_tokens // sizes)
     middle = demand.input_tokens + demand.output_tokens // 2
     later = decode.estimate(batches, 1, middle, demand.context_tokens)
     first = prefill.estimate(groups, sizes, (demand.input_tokens - sizes) / 2, demand.input_tokens)
-    step_s = np.asarray(later.time_s)[:, None]
-    prompt_s = (steps * np.asarray(first.time_s))[None, :]
-    sequences, group = batches[:, None], groups[None, :]
+    handed = [
+        _handed_s(option.part, decode.share.config, option.kept, tokens) if stages > 1 else 0.0
+        for tokens in (batches, groups * sizes)
+    ]
+    stage_s = (np.asarray(later.time_s) + handed[0])[:, None]
+    chunk_s = np.asarray(first.time_s) + handed[1]
+    # Of one stage, which sets the pace; a prompt's last piece then goes through the others.
+    prompt_s = (steps * chunk_s)[None, :]
+    sequences, group = whole[:, None], groups[None, :]
+    step_s = stages * stage_s
     request_s = prompt_s / group + demand.output_tokens * step_s / sequences
     tpot_s = step_s + sequences * prompt_s / group / demand.output_tokens
-    ttft_s = prompt_s + (steps[None, :] - 1) * step_s
+    ttft_s = prompt_s + (stages - 1) * chunk_s[None, :] + (steps[None, :] - 1) * stage_s
     capacity = 1 / request_s
     if demand.rate is not None:
         load = np.minimum(demand.rate / option.replicas / capacity, 0.999)
@@ -330,7 +378,8 @@ def _priced(
     # Steps run one after another: the larger one's temporaries are what is needed.
     temporary = [e.memory.total_bytes - e.memory.kv_bytes for e in (later, first)]
     taken = np.maximum(np.asarray(temporary[0])[:, None], np.asarray(temporary[1])[None, :])
-    free = option.part.device_hbm_bytes - taken - np.asarray(later.memory.kv_bytes)[:, None]
+    free = option.part.device_hbm_bytes - taken
+    free = free - stages * np.asarray(later.memory.kv_bytes)[:, None]
     usable = group <= sequences
     tally.seen(np.where(usable, free, -np.inf))
     return Points.of(

@@ -177,10 +177,10 @@ class Plan(_Shown):
 
     @property
     def layout(self) -> Layout | None:
-        """Returns the best deployment's layout; None where prefill has chips of its own."""
+        """Returns the best deployment's layout; None where chips have other programs."""
         best = self.best
         option = best.option
-        if option.prefill_network is not None:
+        if option.prefill_network is not None or option.stages > 1:
             return None
         step = max(best.chunk * best.group, 512)
         return Layout(
@@ -308,6 +308,7 @@ def candidate_fields(one: Candidate) -> dict[str, Any]:
     option = one.option
     return {
         "replicas": option.replicas,
+        "stages": option.stages,
         "slice": option.part.name,
         "mesh": str(option.mesh),
         "prefill": str(option.prefill),

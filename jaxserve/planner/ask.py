@@ -46,6 +46,7 @@ def search(
     layout: Sequence[str] = (),
     disaggregate: bool = False,
     max_replicas: int = 256,
+    max_stages: int = 1,
     top: int = 5,
     hardware: Path | None = None,
 ) -> Plan:
@@ -56,7 +57,7 @@ def search(
         on: the slice, as "v5e:4x4".
         input_tokens, output_tokens: of a request.
         ttft_s, tpot_s, rate, objective: see `Demand`.
-        batch, weights, kv, max_replicas: see `Space`.
+        batch, weights, kv, max_replicas, max_stages: see `Space`.
         attention, layout: names to choose from; all by default. A layout is that of prefill.
         disaggregate: prefill may have chips of its own.
         top: answers.
@@ -70,7 +71,7 @@ def search(
     demand = Demand(
         input_tokens, output_tokens, ttft_s, tpot_s, rate, _named(Objective, objective, "objective")
     )
-    space = _space(batch, weights, kv, attention, layout, disaggregate, max_replicas)
+    space = _space(batch, weights, kv, attention, layout, disaggregate, max_replicas, max_stages)
     return Plan(str(_label(model)), search_slice(config, where, demand, space, top))
 
 
@@ -230,6 +231,7 @@ def _space(
     layout: Sequence[str],
     disaggregate: bool,
     max_replicas: int,
+    max_stages: int = 1,
 ) -> Space:
     heads = tuple(_named(Heads, name, "attention") for name in attention) or tuple(Heads)
     prefill = tuple(_named(Ffn, name, "layout") for name in layout) or tuple(Ffn)
@@ -241,17 +243,17 @@ def _space(
         heads=heads,
         serving=tuple(Serving) if disaggregate else (Serving.COLOCATED,),
         max_replicas=max_replicas,
+        max_stages=max_stages,
     )
 
 
-def check_axes(expert: int, pipeline: int) -> None:
-    """Raises an UnsupportedError for axes that no layout carries out."""
-    for name, value in (("expert", expert), ("pipeline", pipeline)):
-        if value != 1:
-            raise UnsupportedError(
-                f"{name}={value} is not supported: no layout cuts a model along {name}; leave it "
-                "at 1"
-            )
+def check_expert(expert: int) -> None:
+    """Raises an UnsupportedError for an axis that is neither carried out nor priced."""
+    if expert != 1:
+        raise UnsupportedError(
+            f"expert={expert} is not supported: every device has a part of each expert; leave it "
+            "at 1"
+        )
 
 
 def _slice(on: str | ChipSlice, hardware: Path | None) -> ChipSlice:

@@ -47,7 +47,7 @@ def manifest(plan: Plan) -> str:
     if hosts > 1:
         notes.append(
             f"# A copy spans {hosts} hosts: one pod a host, started together, for which one "
-            "Deployment is not enough."
+            "Deployment is not enough: see deploy/pods."
         )
     resource = "nvidia.com/gpu" if chip.fabric is Fabric.SWITCH else "google.com/tpu"
     per_host = min(part.num_chips, chip.host_chips)

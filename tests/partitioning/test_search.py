@@ -9,11 +9,11 @@ from jaxserve.errors import UsageError
 from jaxserve.models.named import named_config
 from jaxserve.partitioning.demand import Demand, Objective, Serving, Space
 from jaxserve.partitioning.dtypes import KV, WEIGHTS
-from jaxserve.partitioning.hardware import slice_of
+from jaxserve.partitioning.hardware import ChipSlice, slice_of
 from jaxserve.partitioning.layout import Ffn, Heads, PhaseLayout
 from jaxserve.partitioning.memory import Kept
 from jaxserve.partitioning.meshes import layouts, meshes
-from jaxserve.partitioning.search import Found, Verdict, ranked, search
+from jaxserve.partitioning.search import Candidate, Found, Verdict, ranked, search, stage_of
 
 LLAMA = named_config("llama-3-70b")
 SMALL = slice_of("v5e:4x4")
@@ -71,6 +71,42 @@ def test_a_candidate_is_what_its_steps_take():
     # Sizes that both phases pad to may be a little larger than those of one.
     assert best.tpot_s == pytest.approx(step_s + best.batch * prompt_s / best.group / 500, rel=0.02)
     assert best.ttft_s == pytest.approx(prompt_s + (turns - 1) * step_s, rel=0.02)
+
+
+def test_a_pipeline_is_what_its_stages_take():
+    demand = Demand(1000, 200)
+    gpus, space = slice_of("h100:2x8"), Space(max_replicas=1, max_stages=2)
+    answer = search(LLAMA, gpus, demand, space)
+    best = answer.best[0]
+    # Between hosts activations of a token are less to send than its sums.
+    assert best.option.stages == 2 and best.option.part.shape == (1, 8)
+    assert best.option.not_run() == ["layers in 2 stages"]
+    assert best.requests_per_s > 1.1 * found_on(gpus, demand).requests_per_s
+    steps = best.steps(LLAMA, demand)
+    turns = -(-1000 // best.chunk)
+    stage_s, chunk_s = (float(steps[name].time_s) for name in ("decode", "prefill"))
+    request_s = turns * chunk_s / best.group + 200 * stage_s / (best.batch / 2)
+    assert best.requests_per_s == pytest.approx(1 / request_s, rel=0.02)
+    assert best.tpot_s > 2 * stage_s
+    assert best.ttft_s == pytest.approx((turns + 1) * chunk_s + (turns - 1) * stage_s, rel=0.02)
+    # Of 80 layers a stage has 40, and keys and values of both batches.
+    assert stage_of(LLAMA, 2).num_layers == 40
+    memory = steps["decode"].memory
+    assert memory.kv_bytes == best.batch * 1200 * 2 * 8 * 128 * 2 * 40 / 8
+    assert best.free_bytes <= memory.free_bytes
+
+
+def found_on(on: ChipSlice, demand: Demand) -> Candidate:
+    """Returns the best without stages."""
+    return search(LLAMA, on, demand, Space(max_replicas=1)).best[0]
+
+
+@pytest.mark.parametrize(("layers", "stages", "longest"), [(80, 4, 20), (118, 4, 30), (42, 4, 12)])
+def test_layers_are_dealt_out_pattern_by_pattern(layers, stages, longest):
+    name = {80: "llama-3-70b", 118: "palm-540b", 42: "gemma-2-9b"}[layers]
+    config = named_config(name)
+    assert config.num_layers == layers
+    assert stage_of(config, stages).num_layers == longest
 
 
 def test_no_layout_of_any_mesh_is_better():

@@ -91,7 +91,7 @@ def test_what_is_too_slow_fails_with_the_milliseconds():
         (("--attention", "rows"), UsageError, "attention='rows' is not known; use one of heads"),
         (("--isl", "9000"), UsageError, "the model's context is 8192"),
         (("--expert", "2"), UnsupportedError, "expert=2 is not supported"),
-        (("--pipeline", "4"), UnsupportedError, "pipeline=4 is not supported"),
+        (("--pipeline", "0"), UsageError, "max_stages=0"),
     ],
 )
 def test_a_wrong_question_is_refused_with_the_remedy(
