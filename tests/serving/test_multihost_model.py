@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ pytest.importorskip("grpc", reason="grpcio is not installed")
 from jaxserve import load
 from jaxserve.serving.request import SamplingParams
 
-from .test_multihost_faults import call, free_port, ready_again, wait
+from .test_multihost_faults import call, free_port, ready_again, running_is, wait
 
 WAIT_S = 300.0
 MESHES = {2: ("cpu:4", "2,2,2"), 4: ("cpu:2", "2,2,2")}
@@ -31,7 +32,7 @@ PROMPTS = ("def area(w, h):\n    return", "import os\n", "class Stack:\n    def 
 class Command:
     """`jaxserve serve` of one rank, in a session of its own."""
 
-    def __init__(self, port: int, size: int, rank: int) -> None:
+    def __init__(self, port: int, size: int, rank: int, cache: Path | None) -> None:
         devices, mesh = MESHES[size]
         words = [sys.executable, "-m", "jaxserve", "serve", "--model=tiny", *SMALL]
         words += [f"--devices={devices}", f"--mesh={mesh}", "--layout=ws2d", "--attention=batch"]
@@ -40,6 +41,8 @@ class Command:
         words += [f"--process-id={rank}"]
         # The tests' own devices are not those of a rank.
         environment = {name: v for name, v in os.environ.items() if name != "XLA_FLAGS"}
+        if cache is not None:
+            environment["JAXSERVE_CACHE_DIR"] = str(cache)
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - nobody reads a pipe meanwhile
         self.out = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
@@ -71,10 +74,10 @@ class Command:
 
 
 @contextlib.contextmanager
-def serving(size: int) -> Iterator[list[Command]]:
-    """Yields the commands of a group that is ready."""
+def serving(size: int, cache: Path | None = None) -> Iterator[list[Command]]:
+    """Yields the commands of a group that is ready; they keep programs in `cache`."""
     port = free_port()
-    commands = [Command(port, size, rank) for rank in range(size)]
+    commands = [Command(port, size, rank, cache) for rank in range(size)]
     try:
         wait(lambda: all([command.line() for command in commands]), WAIT_S)
         yield commands
@@ -121,8 +124,24 @@ def alone() -> dict[tuple[str, int], str]:
     return {case: out.text for case, out in zip(cases, outs, strict=True)}
 
 
-def check(size: int, kill: bool) -> None:
-    """Checks a group of so many processes, also after one of them was killed."""
+async def start_of(port: int) -> tuple[float, float]:
+    """Returns the seconds that the engine took to compile and in all, as rank 0 tells."""
+    _, _, page = await call(port, "/metrics")
+    phases = {
+        line.split('phase="')[1].split('"')[0]: float(line.split()[-1])
+        for line in page.splitlines()
+        if line.startswith("jaxserve_startup_seconds{")
+    }
+    return phases["compile"], sum(phases.values())
+
+
+def check(size: int, cache: Path | None = None) -> None:
+    """Checks a group of so many processes.
+
+    Args:
+        cache: an empty folder for programs: one process is killed, and the group has to be there
+            again in warm time.
+    """
     wanted = alone()
 
     async def under_load(port: int) -> None:
@@ -138,7 +157,7 @@ def check(size: int, kill: bool) -> None:
     async def killed(port: int, victim: int) -> None:
         long = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 1500}
         tasks = [asyncio.create_task(ask(port, prompt, long)) for prompt in PROMPTS]
-        await asyncio.sleep(0.5)
+        await running_is(port, len(PROMPTS))
         os.kill(victim, signal.SIGKILL)
         began = time.monotonic()
         for status, body in await asyncio.gather(*tasks):
@@ -147,14 +166,19 @@ def check(size: int, kill: bool) -> None:
         assert time.monotonic() - began < 30.0
         await ready_again(port)
 
-    with serving(size) as commands:
+    with serving(size, cache) as commands:
         http, grpc_port = ports(commands[0].line())
         asyncio.run(under_load(http))
         for prompt in PROMPTS[:2]:
             text = over_grpc(grpc_port, prompt, max_tokens=16, temperature=0.0)
             assert text == wanted[prompt, 0]
-        if kill:
+        if cache is not None:
+            cold = asyncio.run(start_of(http))
             asyncio.run(killed(http, engine_of(commands[-1])))
+            warm = asyncio.run(start_of(http))
+            print(f"{size} processes: compile, all of the start: {cold=} {warm=}")
+            # Every rank waits for the slowest, so that one that compiled would show here.
+            assert warm[1] < 0.5 * cold[1], (cold, warm)
             asyncio.run(under_load(http))
         for command in commands:
             command.process.send_signal(signal.SIGTERM)
@@ -168,10 +192,12 @@ def engine_of(command: Command) -> int:
 
 
 def test_two_processes_serve_the_tokens_of_one() -> None:
-    check(2, kill=False)
+    check(2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", MESHES)
-def test_processes_serve_the_tokens_of_one_after_a_killed_rank_too(size: int) -> None:
-    check(size, kill=True)
+def test_processes_serve_the_tokens_of_one_after_a_killed_rank_too(
+    size: int, tmp_path: Path
+) -> None:
+    check(size, tmp_path)
