@@ -84,10 +84,10 @@ def init_pages(num_pages: int, page_size: int, spec: CacheSpec) -> Pages:
     _, heads, head = spec.token_shape
     if page_size not in (16, 32, 64, 128, 256):
         raise UnsupportedError(f"page_size={page_size} is not 16, 32, 64, 128 or 256; use one")
-    if head % FEATURES or head > 128 and head != 256:
+    if head % FEATURES or (head > 128 and head != 256):
         raise UnsupportedError(
-            f"head_dim={head} is neither 256 nor a multiple of {FEATURES} up to 128, as backend='gpu' needs; "
-            "use 'xla'"
+            f"head_dim={head} is neither 256 nor a multiple of {FEATURES} up to 128, which "
+            "backend='gpu' needs; use 'xla'"
         )
     shape = num_pages, heads, page_size, head
     pages = Pages(jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype))
