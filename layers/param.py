@@ -143,9 +143,11 @@ class Weight(nnx.Module):
         self.quantize = quantize = declare.quantize
         fan_in = _real_size_of(inputs)
         self.values = declare.parameter(self.stored, init, fan_in, quantize and "int8")
-        self.scales = (
-            None if quantize is None else declare.parameter(outputs, Init.SCALES, fan_in, "float32")
-        )
+        self.scales = None
+        if quantize is not None:
+            # Every device holds all of them; where "embed" lies beside another axis, it is cut.
+            axes = tuple(a._replace(name="channels") if a.name == "embed" else a for a in outputs)
+            self.scales = declare.parameter(axes, Init.SCALES, fan_in, "float32")
         self.bias = declare.parameter(outputs, Init.ZEROS) if bias else None
 
 
@@ -215,8 +217,9 @@ class Declare:
     @classmethod
     def best(cls, platform: str, dtype: str) -> Declare:
         """Returns how one device of `platform` ("cpu", "gpu", "tpu") stores weights best."""
-        on_cpu = platform == "cpu"
-        return cls(dtype, Orientation.OUT_IN if on_cpu else Orientation.IN_OUT, fuse=True)
+        # Hopper multiplies one-byte operands whose contraction is innermost, and no others.
+        on_tpu = platform == "tpu"
+        return cls(dtype, Orientation.IN_OUT if on_tpu else Orientation.OUT_IN, fuse=True)
 
     def joined(self, members: tuple[tuple[str, Axes], ...]) -> Joined | None:
         """Returns which of some weights with a common input lie in one array, and how."""

@@ -69,7 +69,7 @@ def test_a_separate_group_has_a_weight_for_each_member_in_order() -> None:
         ("cpu", "bfloat16", Orientation.OUT_IN),
         ("cpu", "float32", Orientation.OUT_IN),
         ("tpu", "bfloat16", Orientation.IN_OUT),
-        ("gpu", "float32", Orientation.IN_OUT),
+        ("gpu", "float32", Orientation.OUT_IN),
     ],
 )
 def test_the_best_storage_depends_on_the_platform(
