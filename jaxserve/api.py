@@ -112,7 +112,7 @@ def load(
             activations too. None keeps them as they are in the checkpoint.
         kv_dtype: "int8" or "fp8" rounds keys and values when they are kept, with a scale for each
             token and head; None keeps them as activations are.
-        backend: kernels to run: "xla", "tpu" or "reference".
+        backend: kernels to run: "xla", "tpu", "gpu" (Hopper) or "reference".
         engine: sizes of the engine that generates: sequences at once, memory for keys and values.
         streaming: keep so much of a sequence and no more, so that it may go on without end; None
             keeps all of it, up to the model's context.

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from jaxserve.config import ModelConfig
     from jaxserve.partitioning.layout_file import Layout
 
-BackendOption = Annotated[str, typer.Option(help="kernels: xla, tpu or reference")]
+BackendOption = Annotated[str, typer.Option(help="kernels: xla, tpu, gpu or reference")]
 QuantizeOption = Annotated[
     str | None, typer.Option(help="int8: round weights; w8a8: activations too")
 ]
