@@ -83,8 +83,14 @@ def product(
     count, orientation = len(weight.inputs), weight.orientation.value
     if scales is None:
         return kernels.matmul(x, values, count, orientation, dtype)
-    mode = Mode.W8A8 if quantize is Quantization.W8A8 else Mode.W8A16
-    return kernels.int8_matmul(x, values, scales, count, orientation, dtype, mode=mode)
+    return kernels.int8_matmul(
+        x, values, scales, count, orientation, dtype, mode=mode_for(quantize)
+    )
+
+
+def mode_for(quantize: Quantization | None) -> Mode:
+    """Returns how activations meet a weight of int8."""
+    return Mode.W8A8 if quantize is Quantization.W8A8 else Mode.W8A16
 
 
 def rows_of(table: Weight, index: Array, comm: Comm) -> Array:

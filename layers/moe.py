@@ -20,8 +20,8 @@ from flax import nnx
 from jax import Array, lax
 
 from jaxserve.config import ExpertsSpec, MlpSpec
-from jaxserve.errors import UnsupportedError
 from jaxserve.layers.activation import activate
+from jaxserve.layers.linear import mode_for
 from jaxserve.layers.param import Axis, Declare, Orientation, Weight
 from jaxserve.layers.runtime import Runtime
 from jaxserve.layers.sums import row_sum
@@ -64,20 +64,17 @@ class Routing:
 class Experts(nnx.Module):
     """A router and its experts, in the place of an `Mlp`.
 
-    Weights have their outputs first on every backend, expert by expert.
+    Weights have their outputs first on every backend, expert by expert. Rounded ones have a scale
+    for each output of each expert; the router is never rounded.
     """
 
     def __init__(self, spec: MlpSpec, embed: Axis, declare: Declare) -> None:
         assert spec.experts is not None
-        if declare.quantize is not None:
-            raise UnsupportedError(
-                f"quantize={declare.quantize.value!r} is not supported with experts; leave it out, "
-                "or use a model without experts"
-            )
         self.spec, self.taken = spec, spec.experts.per_token
         declare = replace(declare, orientation=Orientation.OUT_IN)
         experts, ffn = Axis("experts", spec.experts.count), declare.ffn(spec.ffn_dim)
-        self.router = declare.weight((embed,), (experts,))
+        # A few scores decide which weights are used at all: they stay as they are.
+        self.router = replace(declare, quantize=None).weight((embed,), (experts,))
         self.gate = declare.weight((embed,), (experts, ffn)) if spec.gated else None
         self.up = declare.weight((embed,), (experts, ffn))
         self.down = declare.weight((ffn,), (experts, embed))
@@ -117,8 +114,12 @@ class Experts(nnx.Module):
 
     def _grouped(self, rows: Array, weight: Weight, run: Runtime) -> Array:
         """Returns rows sorted by expert, each times the weight of its own."""
-        values = _whole(weight, run)
-        return run.kernels.ragged_matmul(rows, values, _routing(run).load, rows.dtype)
+        values, load, dtype = _whole(weight, run), _routing(run).load, rows.dtype
+        if weight.scales is None:
+            return run.kernels.ragged_matmul(rows, values, load, dtype)
+        scales = run.comm.scales(weight.scales[...], [(a.name, a.size) for a in weight.outputs])
+        mode = mode_for(weight.quantize)
+        return run.kernels.ragged_matmul(rows, values, load, dtype, scales=scales, mode=mode)
 
     def _apart(self, rows: Array, run: Runtime) -> Array:
         """Returns [T, features, taken] of rows sorted by expert; those of padding are zeros."""

@@ -143,11 +143,11 @@ class Weight(nnx.Module):
         self.quantize = quantize = declare.quantize
         fan_in = _real_size_of(inputs)
         self.values = declare.parameter(self.stored, init, fan_in, quantize and "int8")
-        self.scales = None
-        if quantize is not None:
-            # Every device holds all of them; where "embed" lies beside another axis, it is cut.
-            axes = tuple(a._replace(name="channels") if a.name == "embed" else a for a in outputs)
-            self.scales = declare.parameter(axes, Init.SCALES, fan_in, "float32")
+        # Every device holds all of them; where "embed" lies beside another axis, it would be cut.
+        whole = tuple(a._replace(name="channels") if a.name == "embed" else a for a in outputs)
+        self.scales = (
+            None if quantize is None else declare.parameter(whole, Init.SCALES, fan_in, "float32")
+        )
         self.bias = declare.parameter(outputs, Init.ZEROS) if bias else None
 
 

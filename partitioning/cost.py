@@ -270,8 +270,12 @@ class _Meter:
         for elements, plan in rest:
             yield from self.carry(elements, plan)
 
-    def weight(self, *axes: tuple[str, int]) -> Iterator[Collective]:
-        """Yields what `Comm.weight` of an array with these logical axes sends."""
+    def weight(self, *axes: tuple[str, int], dtype: str | None = None) -> Iterator[Collective]:
+        """Yields what `Comm.weight` of an array with these logical axes sends.
+
+        Args:
+            dtype: None is that of weights, which may be rounded.
+        """
         cuts = self.phase.cuts([name for name, _ in axes], [size for _, size in axes], self.sizes)
         elements = math.prod(size for _, size in axes)
         elements //= self.count(axis for cut in cuts for axis in cut)
@@ -279,7 +283,7 @@ class _Meter:
             used = self.phase.used(name, size, self.sizes)
             if over := tuple(axis for axis in cut if axis not in used):
                 elements *= self.count(over)
-                yield self.one(Kind.ALL_GATHER, over, elements, self.weights)
+                yield self.one(Kind.ALL_GATHER, over, elements, dtype or self.weights)
 
     def norm(
         self, spec: NormSpec, stage: Stage, where: Where = Where.LAYER
@@ -345,7 +349,7 @@ def _routed(layer: LayerSpec, embed: int, meter: _Meter) -> Iterator[Collective]
     if layer.mlp.experts is None:
         return
     count, lies = layer.mlp.experts.count, meter.placement(Stage.INPUT)
-    yield from meter.weight(("experts", count), ("embed", embed))
+    yield from meter.weight(("experts", count), ("embed", embed), dtype=meter.dtype)
     if lies.features:
         elements = meter.tokens // meter.count(lies.tokens) * count
         yield meter.one(Kind.ALL_REDUCE, lies.features, elements, "float32")

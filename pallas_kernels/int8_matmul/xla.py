@@ -35,7 +35,7 @@ def int8_matmul(
     if mode is Mode.W8A8:
         y = _digits(flat_x, flat_w, out_first, 1)
     else:
-        digits = partial(_digits, out_first=out_first, count=3 if x.dtype == jnp.float32 else 2)
+        digits = partial(_digits, out_first=out_first, count=digits_for(x))
         cast = partial(_cast, out_first=out_first)
         y = lax.platform_dependent(flat_x, flat_w, cpu=digits, default=cast)
     y = y * scales.astype(jnp.float32).reshape(1, -1)
@@ -63,19 +63,35 @@ def _digits(x: Array, w: Array, out_first: bool, count: int) -> Array:
     two digits for bfloat16, 15 bits below a row's largest value, and three for float32, 23 bits;
     each digit is one more row of the product.
     """
+    digits, factor = digits_of(x, count)
+    rows = jnp.concatenate(digits)
+    sums = lax.dot_general(rows, w, _contracted(out_first), preferred_element_type=jnp.int32)
+    return together(sums.reshape(count, x.shape[0], -1)) * factor[:, None]
+
+
+def digits_for(x: Array) -> int:
+    """Returns how many digits say as much as x does."""
+    return 3 if x.dtype == jnp.float32 else 2
+
+
+def digits_of(x: Array, count: int) -> tuple[list[Array], Array]:
+    """Returns (`count` times int8[T, K], float32[T] factors) for x[T, K]; see `together`."""
     rest, factor = scaled_rows(x.astype(jnp.float32), 1)
     digits = [jnp.round(rest)]
     for _ in range(count - 1):
         # What rounding leaves is at most half a unit: so many of the next fill it.
         rest = (rest - digits[-1]) * (2 * LIMIT)
         digits.append(jnp.round(rest))
-    rows = jnp.concatenate(digits).astype(jnp.int8)
-    sums = lax.dot_general(rows, w, _contracted(out_first), preferred_element_type=jnp.int32)
-    parts = sums.astype(jnp.float32).reshape(count, x.shape[0], -1)
+    return [digit.astype(jnp.int8) for digit in digits], factor
+
+
+def together(sums: Array) -> Array:
+    """Returns float32[T, N] of int32[count, T, N], a product's sums for each digit of the rows."""
+    parts = sums.astype(jnp.float32)
     y = parts[-1]
     for part in parts[-2::-1]:
         y = part + y * (0.5 / LIMIT)
-    return y * factor[:, None]
+    return y
 
 
 def _contracted(out_first: bool) -> Any:

@@ -3,16 +3,17 @@
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxserve.config import Activation, ExpertsSpec, MlpSpec, Quantization
-from jaxserve.errors import UnsupportedError
 from jaxserve.layers.moe import Experts, Routing
 from jaxserve.layers.param import Axis, Declare
+from jaxserve.pallas_kernels import BACKENDS, kernel_set
 
-from .tiny_models import SERIAL, filled, runtime, sequences
+from .tiny_models import SERIAL, filled, runtime, sequences, with_values
 
 SPEC = MlpSpec(7, Activation.RELU, gated=True, experts=ExpertsSpec(5, 2))
 X = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
@@ -62,6 +63,24 @@ def test_padding_goes_nowhere_and_no_token_is_dropped() -> None:
     )
 
 
-def test_experts_of_int8_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="quantize='int8' is not supported with experts"):
-        Experts(SPEC, Axis("embed", 6), Declare(quantize=Quantization.INT8))
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("quantize", Quantization)
+def test_rounded_experts_have_scales_of_their_own(quantize: Quantization, backend: str) -> None:
+    _, params = filled(Experts(SPEC, Axis("embed", 6), Declare()))
+    rounded, whole = dict(params), dict(params)
+    for name in ("gate", "up", "down"):
+        values = params[name]["values"]
+        scales = np.abs(values).max(axis=2) / 127
+        parts = np.rint(values / scales[..., None]).astype(np.int8)
+        rounded[name] = {"values": parts, "scales": scales}
+        whole[name] = {"values": parts * scales[..., None]}
+    experts = Experts(SPEC, Axis("embed", 6), Declare(quantize=quantize))
+    experts = with_values(experts, jax.tree.map(jnp.asarray, rounded))
+    run = replace(runtime(sequences([[1, 2, 3, 4]]), SERIAL), kernels=kernel_set(backend))
+    run = experts.route(jnp.asarray(X), run)
+    found = experts.finish(*run.comm.distribute(experts.project(jnp.asarray(X), run)), run=run)
+    wanted = np.stack([by_hand(x, whole, True, True) for x in X])
+    limit = 1e-5 if quantize is Quantization.INT8 else 0.02
+    error = np.abs(found - wanted).max() / np.abs(wanted).max()
+    assert error < limit
+    assert bool(error > 1e-4) is (quantize is Quantization.W8A8)

@@ -18,6 +18,7 @@ from jaxserve.pallas_kernels.int8_matmul import tpu as int8_matmul
 from jaxserve.pallas_kernels.paged_attention import tpu
 from jaxserve.pallas_kernels.paged_attention.places import row_of_tokens
 from jaxserve.pallas_kernels.paged_attention.tiles import Tile, tile_for
+from jaxserve.pallas_kernels.ragged_matmul import tpu as ragged_matmul
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import tpu_cycles  # pyright: ignore[reportMissingImports] - a script beside the package
@@ -83,6 +84,21 @@ def matmul(shaped: Callable[..., Any], rows: int, mode: Mode, orientation: str) 
     return jax.jit(call).lower(*given, shaped((channels,), jnp.float32)).compile()
 
 
+def experts(shaped: Callable[..., Any], mode: Mode, rows: int = 300) -> Any:
+    groups, inputs, channels = 5, 1100, 643
+
+    def call(x: Any, w: Any, sizes: Any, scales: Any) -> Any:
+        return ragged_matmul.ragged_matmul(
+            x, w, sizes, "bfloat16", scales=scales, mode=mode, interpret=False
+        )
+
+    given = (
+        shaped((rows, inputs), jnp.bfloat16), shaped((groups, channels, inputs), jnp.int8),
+        shaped((groups,), jnp.int32), shaped((groups, channels), jnp.float32),
+    )  # fmt: skip
+    return jax.jit(call).lower(*given).compile()
+
+
 def cases(chip: str) -> dict[str, Callable[[], Any]]:
     shaped = tpu_cycles._shaped(tpu_cycles.CHIPS[chip])
     cores = 2 if chip in TWO_CORES else 1
@@ -109,6 +125,8 @@ def cases(chip: str) -> dict[str, Callable[[], Any]]:
         "80 features": paged(AttentionSpec(4, 2, 80), tokens=20, max_query=4),
         "w8a16, one row": product(1, Mode.W8A16, "out_in"),
         "w8a16, rows": product(300, Mode.W8A16, "in_out"),
+        "experts, w8a16": lambda: experts(shaped, Mode.W8A16),
+        "experts, w8a8": lambda: experts(shaped, Mode.W8A8, 2000),
         "w8a8": product(300, Mode.W8A8, "in_out"),
     }  # fmt: skip
 

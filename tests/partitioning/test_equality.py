@@ -90,6 +90,7 @@ def test_products_beside_their_communication_give_the_same(family, mesh, ring) -
         ("gemma2", (2, 2, 2), (Ffn.WG_XYZ, Ffn.WS2D), Heads.HEADS_BATCH),
         ("palm", (3, 2, 1), (Ffn.WG_XY, Ffn.WG_X), Heads.HEADS),
         ("alibi", (8, 1, 1), (Ffn.WG_X, Ffn.WG_XY), Heads.HEADS),
+        ("experts", (2, 2, 2), (Ffn.WG_XY, Ffn.WS2D), Heads.HEADS_BATCH),
     ],
     ids=str,
 )

@@ -103,22 +103,30 @@ def test_pieces_that_go_around_are_as_many_bytes_as_a_gather(ring):
 
 
 @pytest.mark.parametrize(
-    ("ffn", "heads"),
-    [(Ffn.WS2D, Heads.HEADS), (Ffn.WS1D, Heads.BATCH), (Ffn.WG_XY, Heads.HEADS_BATCH)],
+    ("ffn", "heads", "quantize"),
+    [
+        (Ffn.WS2D, Heads.HEADS, None),
+        (Ffn.WS1D, Heads.BATCH, None),
+        (Ffn.WG_XY, Heads.HEADS_BATCH, None),
+        (Ffn.WG_XY, Heads.HEADS_BATCH, Quantization.INT8),
+    ],
 )
-def test_experts_send_what_is_derived(ffn, heads):
+def test_experts_send_what_is_derived(ffn, heads, quantize):
     mlp = MlpSpec(1024, Activation.SILU, True, experts=ExpertsSpec(8, 2))
     config = replace(SERIAL, layers=tuple(replace(one, mlp=mlp) for one in SERIAL.layers))
     phase, on = PhaseLayout(ffn, heads), SLICES["v5e:2x4"]
-    job = Job(config, phase, 64, 128)
+    job = Job(config, phase, 64, 128, quantize=quantize)
     report = check(job, on)
     assert differences(report) == {}
     # The router's scores.
     summed = report.compiled.get(("all-reduce", ("x",), "f32", Where.LAYER), 0)
     assert (summed >= 64 * 8 * 4) is (ffn is Ffn.WS2D)
     assert report.copies == ()
-    counted = weights_bytes(Share.of(config, phase, on.sizes), Kept(WEIGHTS["bfloat16"]))
-    assert argument_bytes(replace(job, batch=0, slots=0), on.sizes) == pytest.approx(counted)
+    kept = Kept(WEIGHTS["bfloat16" if quantize is None else "int8"])
+    counted = weights_bytes(Share.of(config, phase, on.sizes), kept)
+    held = argument_bytes(replace(job, batch=0, slots=0), on.sizes)
+    # A router is never rounded.
+    assert held == pytest.approx(counted, rel=1e-6 if quantize is None else 0.003)
 
 
 @pytest.mark.parametrize(
