@@ -49,6 +49,7 @@ clean: ## Remove environments, builds and caches
 
 .venv/.dev: pyproject.toml
 	@.ci/environment .venv --editable '.[dev]'
+	@.ci/cuda .venv
 	@touch $@ .venv/.core
 
 # Status 3: there is no Python 3.11, which is not a failure.
