@@ -74,6 +74,7 @@ class EngineProcess:
         self._started: queue.SimpleQueue[Start] = queue.SimpleQueue()
         self._ended = threading.Event()
         self._made: Made | None = None
+        self._follows: Follows | None = None
         self._startup_seconds: dict[str, float] = {}
         self._phase: tuple[str, float] | None = None
         self._outbox: list[TokenEvent] = []
@@ -113,11 +114,14 @@ class EngineProcess:
 
     def _follow(self, made: Follows) -> int:
         """Returns the exit status, once the group has ended in good order."""
+        # Kept: letting go of programs takes longer than rank 0 takes to end, and JAX aborts a
+        # process that outlives it.
+        self._follows = made
         self._tell(Ready(made.info, self._startup_seconds))
         made.follow()
-        made.ranks.leave()
         self._tell(Left())
         self._outlet.drain(1.0)
+        made.ranks.leave()  # last, since rank 0 waits for it
         return 0
 
     def _join(self, ranks: Ranks) -> None:
