@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,6 +34,7 @@ from benchmarks import machine  # noqa: E402  (the repository's root comes first
 from benchmarks.peers.model import write_checkpoint  # noqa: E402
 from benchmarks.peers.ours import Ours  # noqa: E402
 from benchmarks.peers.protocol import random_prompts  # noqa: E402
+from jaxserve import load  # noqa: E402
 from jaxserve.checkpoint import inspect, load_params  # noqa: E402
 from jaxserve.checkpoint.locate import locate  # noqa: E402
 from jaxserve.layers.decoder import Model  # noqa: E402
@@ -55,6 +57,7 @@ ROUNDED = {
     "w8a8, int8 KV": ("w8a8", "int8"),
 }
 """What is rounded of weights and activations, and of keys and values."""
+EXPERTS = ("mixtral", "qwen3_moe")
 WINDOW = 256
 BATCHES = (1,)
 PROMPT_TOKENS, DECODE_TOKENS = 128, 64
@@ -72,6 +75,7 @@ def main() -> None:
         "benchmark": "quantization",
         **machine.facts(),
         "loss": losses(options.stdlib, options.every),
+        "experts": experts(),
         "speed": speeds(options.rounds),
     }
     text = json.dumps(result, indent=1)
@@ -100,6 +104,29 @@ def losses(stdlib: Path | None, every: int) -> dict[str, Any]:
         "nats_per_token": {key: round(loss, 5) for key, loss in found.items()},
         "worse_by": {key: round(loss / whole - 1, 5) for key, loss in found.items()},
     }
+
+
+def experts() -> dict[str, Any]:
+    """Returns nats per token of tiny models with experts, on the distribution of the unrounded.
+
+    Their weights are random: what they predict is what Hugging Face's float32 logits say.
+    """
+    found = {}
+    for name in EXPERTS:
+        directory = ROOT / "tests" / "golden" / name
+        golden = load_file(directory / "golden.safetensors")
+        wanted = jax.nn.softmax(jnp.asarray(golden["logits"]))
+        nats = {}
+        for choice in (None, "int8", "w8a8"):
+            llm = load(directory, dtype="float32", quantize=choice)
+            chances = jax.nn.log_softmax(jnp.asarray(llm.logits(golden["prompt.0"])))
+            nats[choice or "float32"] = -float(jnp.mean(jnp.sum(wanted * chances, axis=-1)))
+        whole = nats["float32"]
+        found[name] = {
+            "nats_per_token": {key: round(loss, 5) for key, loss in nats.items()},
+            "worse_by": {key: round(loss / whole - 1, 5) for key, loss in nats.items()},
+        }
+    return found
 
 
 def speeds(rounds: int) -> dict[str, Any]:
