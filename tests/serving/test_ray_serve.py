@@ -85,6 +85,41 @@ def test_the_proxy_serves_the_routes_of_a_server(cluster: tuple[Any, int]) -> No
     assert "".join(pieces) == out.text
 
 
+def test_many_requests_bring_another_replica(cluster: tuple[Any, int]) -> None:
+    from ray import serve  # pyright: ignore[reportMissingImports]
+
+    from jaxserve.serving.fake_service import remote_fake
+    from jaxserve.serving.ray_serve import Replica, application
+
+    class Fake(Replica):
+        """A replica without a model, whose steps take long."""
+
+        def _make(self, start: Start, options: Any) -> Any:
+            return remote_fake(step_s=0.5)
+
+    app = application(
+        Start("fake"), replica=Fake, max_replicas=2, requests_each=2, actor={"num_cpus": 0.1}
+    )
+    handle = serve.run(app, name="scaled", route_prefix="/scaled").options(stream=True)
+    assert running("scaled") == 1
+    streams = [
+        handle.generate.remote("abc", max_tokens=480, temperature=0.0, ignore_eos=True)
+        for _ in range(8)
+    ]
+    wait(lambda: running("scaled") == 2, WAIT_S)
+    for stream in streams:
+        stream.cancel()
+    serve.delete("scaled")
+
+
+def running(name: str) -> int:
+    """Returns how many replicas of an application run."""
+    from ray import serve  # pyright: ignore[reportMissingImports]
+
+    (deployment,) = serve.status().applications[name].deployments.values()
+    return deployment.replica_states.get("RUNNING", 0)
+
+
 def test_wrong_calls_are_told_apart_from_failures(cluster: tuple[Any, int]) -> None:
     with pytest.raises(Exception, match="temperature"):
         list(cluster[0].options(stream=True).generate.remote("a", temperature=-1.0))
