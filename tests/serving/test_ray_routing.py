@@ -83,6 +83,10 @@ def test_what_was_not_asked_for_longest_is_forgotten_long_ends_first() -> None:
     assert len(known) == 5
     assert known.held(first) == {"a": 2}
     assert known.held(second) == {"b": 3}
+    known.note(first, "a")
+    known.note(parts_of("c" * 192), "c")
+    assert known.held(first) == {"a": 2}
+    assert known.held(second) == {}
 
 
 def test_parts_are_whole_and_bounded_of_text_and_of_tokens() -> None:
