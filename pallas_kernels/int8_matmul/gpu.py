@@ -228,7 +228,11 @@ def _kernel(build: _Build, rows: int, sums: Any, left: Any, right: Any, *refs: A
                 here = source.at[pl.ds(start, size), inputs]
                 plgpu.copy_gmem_to_smem(here, slots.at[slot], full.at[slot])
 
+        def drain(i: Any, none: None) -> None:
+            plgpu.barrier_wait(free.at[lax.rem(i, tile.stages)])
+
         lax.fori_loop(0, build.steps, step, None)
+        lax.fori_loop(max(build.steps - tile.stages, 0), build.steps, drain, None)
 
     @pl.when(group < tile.groups)
     def _multiply() -> None:
@@ -253,7 +257,10 @@ def _kernel(build: _Build, rows: int, sums: Any, left: Any, right: Any, *refs: A
                     plgpu.barrier_arrive(free.at[lax.rem(i - 1, tile.stages)])
 
             lax.fori_loop(0, build.steps, step, None)
-            return acc[...]
+            y = acc[...]
+            if left.dtype == right.dtype:
+                plgpu.barrier_arrive(free.at[(build.steps - 1) % tile.stages])
+            return y
 
         y = pl.run_scoped(product, plgpu.ACC((tile.left, tile.right), sums))
         there = pl.ds(at[0] + group * tile.left, tile.left), pl.ds(at[1], tile.right)

@@ -198,7 +198,11 @@ def _kernel(build: Build, tree: Any, count: int, *refs: Any) -> None:
             block = _block(build, first, t)
             _copy_block(build, given, slots, (row, length), block, slot)
 
+        def drain(t: Any, none: None) -> None:
+            plgpu.barrier_wait(slots.free.at[lax.rem(t - low, build.tile.stages)])
+
         lax.fori_loop(low, high, turn, None)
+        lax.fori_loop(jnp.maximum(high - build.tile.stages, low), high, drain, None)
 
     @pl.when(group < build.groups)
     def _attend() -> None:

@@ -103,9 +103,9 @@ def test_a_matmul_without_a_wait_is_a_race_on_gpu(broken: pytest.MonkeyPatch) ->
     real, calls = gpu.plgpu.barrier_wait, []
 
     def forgetful(barrier: Any) -> None:
-        # The copying group waits for a free slot first; the other one for a full slot.
+        # The copying group waits twice for free slots; then the other one for a full slot.
         calls.append(None)
-        if len(calls) != 2:
+        if len(calls) != 3:
             real(barrier)
 
     broken.setattr(gpu.plgpu, "barrier_wait", forgetful)

@@ -132,9 +132,9 @@ def test_a_missing_wait_is_a_race_on_gpu(broken: pytest.MonkeyPatch) -> None:
     calls = []
 
     def forgetful(barrier: Any) -> None:
-        # The multiplying group's first wait is for queries, its second for keys.
+        # The copying group waits twice for free slots; then the other one for queries, for keys.
         calls.append(None)
-        if len(calls) != 3:
+        if len(calls) != 4:
             real(barrier)
 
     broken.setattr(gpu_kernel.plgpu, "barrier_wait", forgetful)
