@@ -16,6 +16,7 @@ same placement as those of safetensors, and Orbax, slow to import, is needed for
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,6 +40,11 @@ from jaxserve.layers.param import Declare
 from jaxserve.progress import Reporter, Silent
 
 _DRIVERS = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}
+_OF_S3 = {
+    "AWS_ENDPOINT_URL": "endpoint",
+    "AWS_DEFAULT_REGION": "aws_region",
+    "AWS_REGION": "aws_region",
+}
 _CHUNK_BYTES = 16 * 2**20
 # Orbax copies arrays before it writes them, up to this many gigabytes at a time.
 _SAVE_GB = 1
@@ -156,7 +162,10 @@ def kvstore(directory: Path, remote: Remote | None) -> dict[str, str]:
         )
     bucket, _, path = rest.partition("/")
     path = "/".join(part for part in (path, manifest.PARAMS) if part)
-    return {"driver": _DRIVERS[scheme], "bucket": bucket, "path": f"{path}/"}
+    spec = {"driver": _DRIVERS[scheme], "bucket": bucket, "path": f"{path}/"}
+    if scheme == "s3":  # where fsspec looks, too
+        spec |= {field: os.environ[name] for name, field in _OF_S3.items() if name in os.environ}
+    return spec
 
 
 class OrbaxReader:

@@ -117,10 +117,10 @@ def _fetch_small(address: str, files: Any, root: str, sizes: dict[str, int], tar
             if name in small:
                 (target / name).write_bytes(files.cat_file(f"{root}/{name}"))
                 return
-            data = files.cat_file(f"{root}/{name}", 0, min(sizes[name], HEADER_BYTES))
+            data = files.cat_file(f"{root}/{name}", start=0, end=min(sizes[name], HEADER_BYTES))
             end = min(8 + int.from_bytes(data[:8], "little"), sizes[name], 100_000_008)
             if end > len(data):
-                data += files.cat_file(f"{root}/{name}", len(data), end)
+                data += files.cat_file(f"{root}/{name}", start=len(data), end=end)
         (target / HEADERS / name).write_bytes(data[:end])
 
     with ThreadPoolExecutor(THREADS) as pool:
@@ -187,7 +187,7 @@ class Remote:
         def fetch(piece: tuple[int, int]) -> None:
             start, stop = piece
             with _told(f"{self.url}/{tensor.file.name}"):
-                found = self._files.cat_file(place, begin + start, begin + stop)
+                found = self._files.cat_file(place, start=begin + start, end=begin + stop)
             if len(found) != stop - start:
                 raise CheckpointError(
                     f"{self.url}/{tensor.file.name} gave {len(found)} bytes from "

@@ -42,7 +42,7 @@ def given_bytes(monkeypatch) -> list[int]:
     sizes: list[int] = []
     whole = type(STORE).cat_file
 
-    def counted(self, path, start=None, end=None, **more):
+    def counted(self, path, *, start=None, end=None, **more):  # in other orders elsewhere
         data = whole(self, path, start, end, **more)
         if start:
             sizes.append(len(data))
@@ -173,8 +173,14 @@ def test_a_converted_checkpoint_is_read_where_tensorstore_reads(llama, tmp_path)
         ("s3://bucket", {"driver": "s3", "bucket": "bucket", "path": "params/"}),
     ],
 )
-def test_tensorstore_is_told_the_bucket(url, expected):
-    assert kvstore(Path("here"), Remote(url, Path("here"), {})) == expected
+def test_tensorstore_is_told_the_bucket(url, expected, monkeypatch):
+    for name in ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    far = Remote(url, Path("here"), {})
+    assert kvstore(Path("here"), far) == expected
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://minio:9000")
+    told = {"endpoint": "http://minio:9000"} if url.startswith("s3") else {}
+    assert kvstore(Path("here"), far) == expected | told
 
 
 def test_a_converted_checkpoint_elsewhere_is_refused():
