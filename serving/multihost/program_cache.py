@@ -25,14 +25,13 @@ def keep_programs() -> bool:
     try:
         from jax._src import compilation_cache, compiler
 
-        signature = inspect.signature(compiler._cache_write)
+        known = inspect.signature(compiler._cache_write)
         put = compilation_cache.put_executable_and_time
-    except (ImportError, AttributeError, TypeError, ValueError):
-        signature, put = None, None
-    if signature is None or put is None or not signature.parameters.keys() >= _NEEDED:
-        _log.warning("ranks above 0 compile at each start: this JAX keeps programs otherwise")
+        if not known.parameters.keys() >= _NEEDED:
+            raise ValueError("it takes other arguments")
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        _log.warning("ranks above 0 compile at each start, in this JAX (%s)", error)
         return False
-    known = signature
 
     def write(*args: Any, **keywords: Any) -> None:
         given = known.bind(*args, **keywords).arguments

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICES = 2
@@ -36,7 +37,7 @@ def main(address: str, num_processes: int, process: int) -> None:
         return found
 
     HfReader.read = counted
-    found = load("tiny") | {"read": read}
+    found: dict[str, Any] = load("tiny") | {"read": read}
 
     store = fsspec.filesystem("memory")
     for path in locate("tiny").iterdir():
