@@ -17,6 +17,9 @@ from jax.experimental.pallas import tpu as pltpu
 UNTUNED = "untuned: sizes by rule"
 """Origin of the sizes of a shape that the table does not have."""
 
+TWO_CORES = ("v4", "v5p")
+"""Chips whose two cores are one device."""
+
 _CHIPS = {"v4": "v4", "v5e": "v5e", "v5p": "v5p", "v6e": "v6e"}
 
 

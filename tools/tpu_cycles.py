@@ -143,7 +143,7 @@ def int8_matmul(case: dict[str, Any]) -> dict[str, Any]:
     chip = CHIPS[case["chip"]]
     shaped = _shaped(chip)
     rows, inputs, channels = case["rows"], case["inputs"], case["channels"]
-    tile, orientation = Tile(*case["tile"]), case.get("orientation", "in_out")
+    tile, orientation = Tile(*case["tile"], cores=chip.cores), case.get("orientation", "in_out")
 
     def call(x: Any, w: Any, scales: Any) -> Any:
         return multiply(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from jaxserve.pallas_kernels.int8_matmul import Mode
-from jaxserve.pallas_kernels.tuning import UNTUNED, current_chip, tuned
+from jaxserve.pallas_kernels.tuning import TWO_CORES, UNTUNED, current_chip, tuned
 
 LANES = 128
 
@@ -20,12 +20,14 @@ class Tile:
     Attributes:
         rows, channels, inputs: of activations, of outputs, of the contraction.
         origin: where the sizes come from.
+        cores: of a device, which share the output channels.
     """
 
     rows: int
     channels: int
     inputs: int
     origin: str = UNTUNED
+    cores: int = 1
 
     def within(self, rows: int, inputs: int, channels: int) -> Tile:
         """Returns the tile with no side longer than the operands, in whole registers."""
@@ -48,13 +50,13 @@ def tile_for(rows: int, inputs: int, channels: int, mode: Mode, chip: str | None
         chip: see `tuning.current_chip`, which None asks.
     """
     chip = chip or current_chip()
-    few = rows <= 64
+    few, cores = rows <= 64, 2 if chip in TWO_CORES else 1
     row = tuned(
         "int8_matmul", chip, mode=mode.value, rows=ROWS[0] if few else ROWS[1],
         inputs=inputs, channels=channels,
     )  # fmt: skip
     if row is not None:
-        return Tile(*row["tile"], origin=row["origin"])
+        return Tile(*row["tile"], origin=row["origin"], cores=cores)
     if few:
-        return Tile(64, 1024, 1024)
-    return Tile(256, 512, 2048 if mode is Mode.W8A16 else 1024)
+        return Tile(64, 1024, 1024, cores=cores)
+    return Tile(256, 512, 2048 if mode is Mode.W8A16 else 1024, cores=cores)

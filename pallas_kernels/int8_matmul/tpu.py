@@ -2,9 +2,9 @@
 
 The grid goes over rows, output channels and parts of the contraction, the last innermost. In
 w8a16 a part of the weight becomes the activations' type next to the matrix unit. In w8a8 the rows
-are rounded when the first output channels are computed and stay rounded in the core's memory; the
-sums are int32, so they do not depend on the size of the parts. The epilogue (scales, bias,
-activation) costs nothing beside either.
+are rounded when a core computes its first output channels and stay rounded in its memory; the sums
+are int32, so they do not depend on the size of the parts. The epilogue (scales, bias, activation)
+costs nothing beside either.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Build:
     """What a kernel is compiled for.
 
     Attributes:
-        every: rows are rounded anew for each block of output channels, which then go to any core.
+        cores: that share the blocks of output channels; each rounds the rows for itself.
     """
 
     mode: Mode
@@ -44,7 +44,7 @@ class _Build:
     has_bias: bool
     activation: Activation | None
     parts: int
-    every: bool
+    cores: int
     interpret: Any
 
 
@@ -81,7 +81,7 @@ def int8_matmul(
         bias is not None,
         activation,
         parts=-(-size // tile.inputs),
-        every=x.shape[0] <= tile.rows,
+        cores=tile.cores,
         interpret=interpret,
     )
     # Past the end of the contraction a weight's block holds any numbers, and x has zeros there.
@@ -108,22 +108,34 @@ def _multiply(build: _Build, x: Array, w: Array, *row: Array) -> Array:
     tile = build.tile
     tokens, channels = x.shape[0], row[0].shape[1]
     whole = build.mode is Mode.W8A8
-    grid = -(-tokens // tile.rows), -(-channels // tile.channels), build.parts
+    blocks = -(-channels // tile.channels)
+    cores = min(build.cores, blocks)
+    share = -(-blocks // cores)
+    grid = -(-tokens // tile.rows), cores, share, build.parts
+
+    def block(core: Any, n: Any) -> Any:
+        # Where shares are not even, the last core computes its last block twice.
+        return (
+            core * share + n
+            if cores * share == blocks
+            else jnp.minimum(core * share + n, blocks - 1)
+        )
+
     if whole:
-        x_spec = pl.BlockSpec((tile.rows, x.shape[1]), lambda m, n, k: (m, 0))
+        x_spec = pl.BlockSpec((tile.rows, x.shape[1]), lambda m, c, n, k: (m, 0))
     else:
-        x_spec = pl.BlockSpec((tile.rows, tile.inputs), lambda m, n, k: (m, k))
+        x_spec = pl.BlockSpec((tile.rows, tile.inputs), lambda m, c, n, k: (m, k))
     if build.out_first:
-        w_spec = pl.BlockSpec((tile.channels, tile.inputs), lambda m, n, k: (n, k))
+        w_spec = pl.BlockSpec((tile.channels, tile.inputs), lambda m, c, n, k: (block(c, n), k))
     else:
-        w_spec = pl.BlockSpec((tile.inputs, tile.channels), lambda m, n, k: (k, n))
-    per_channel = pl.BlockSpec((1, tile.channels), lambda m, n, k: (0, n))
+        w_spec = pl.BlockSpec((tile.inputs, tile.channels), lambda m, c, n, k: (k, block(c, n)))
+    per_channel = pl.BlockSpec((1, tile.channels), lambda m, c, n, k: (0, block(c, n)))
     sums = jnp.int32 if whole else jnp.float32
     scratch = [pltpu.VMEM((tile.rows, tile.channels), sums)]
     if whole:
         scratch.append(pltpu.VMEM((tile.rows, x.shape[1]), jnp.int8))
         scratch.append(pltpu.VMEM((tile.rows, LANES), jnp.float32))
-    across = "parallel" if build.every or not whole else "arbitrary"
+    across = "arbitrary" if whole else "parallel"
     return pl.pallas_call(
         partial(_kernel, build),
         out_shape=jax.ShapeDtypeStruct((tokens, channels), build.dtype),
@@ -131,11 +143,11 @@ def _multiply(build: _Build, x: Array, w: Array, *row: Array) -> Array:
             num_scalar_prefetch=0,
             grid=grid,
             in_specs=[x_spec, w_spec, *[per_channel] * len(row)],
-            out_specs=pl.BlockSpec((tile.rows, tile.channels), lambda m, n, k: (m, n)),
+            out_specs=pl.BlockSpec((tile.rows, tile.channels), lambda m, c, n, k: (m, block(c, n))),
             scratch_shapes=scratch,
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", across, "arbitrary"),
+            dimension_semantics=("parallel", "parallel", across, "arbitrary"),
             vmem_limit_bytes=vmem_bytes(build, x.shape[1], x.dtype),
         ),
         interpret=build.interpret,
@@ -158,26 +170,20 @@ def vmem_bytes(build: _Build, inputs: int, dtype: Any) -> int:
 def _kernel(build: _Build, x: Any, w: Any, scales: Any, *refs: Any) -> None:
     bias = refs[0] if build.has_bias else None
     out, sums, *rest = refs[build.has_bias :]
-    part = pl.program_id(2)
-    first = part == 0
-
-    @pl.when(first)
-    def _():
-        sums[...] = jnp.zeros_like(sums)
-
+    part = pl.program_id(3)
     if build.mode is Mode.W8A8:
         rounded, factor = rest
-        fresh = first if build.every else first & (pl.program_id(1) == 0)
-        pl.when(fresh)(partial(_round, build, x, rounded, factor))
-        size = build.tile.inputs
-        here = rounded[:, pl.ds(pl.multiple_of(part * size, size), size)]
-        sums[...] += _dot(build, here, w[...], jnp.int32)
-    else:
-        sums[...] += _dot(build, x[...], w[...].astype(x.dtype), jnp.float32)
+        pl.when(_begins())(partial(_round, x, rounded, factor))
 
-    @pl.when(part == build.parts - 1)
-    def _():
-        y = sums[...].astype(jnp.float32)
+    def product() -> Any:
+        if build.mode is Mode.W8A16:
+            return _dot(build, x[...], w[...].astype(x.dtype), jnp.float32)
+        size = build.tile.inputs
+        here = rest[0][:, pl.ds(pl.multiple_of(part * size, size), size)]
+        return _dot(build, here, w[...], jnp.int32)
+
+    def finish(total: Any) -> None:
+        y = total.astype(jnp.float32)
         if build.mode is Mode.W8A8:
             y = y * rest[1][:, :1]
         y = y * scales[...]
@@ -185,28 +191,44 @@ def _kernel(build: _Build, x: Any, w: Any, scales: Any, *refs: Any) -> None:
             y = y + bias[...]
         out[...] = activated(y, build.activation).astype(out.dtype)
 
+    if build.parts == 1:
+        finish(product())
+        return
 
-def _round(build: _Build, x: Any, rounded: Any, factor: Any) -> None:
-    """Rounds all of some rows to int8, each by its own largest element."""
-    size, parts = build.tile.inputs, build.parts
+    @pl.when(part == 0)
+    def _():
+        sums[...] = jnp.zeros_like(sums)
 
-    def at(part: Any) -> Any:
-        return slice(None), pl.ds(pl.multiple_of(part * size, size), size)
+    sums[...] += product()
+    pl.when(part == build.parts - 1)(lambda: finish(sums[...]))
 
-    def widest(part: Any, so_far: Any) -> Any:
-        some = jnp.abs(x[at(part)].astype(jnp.float32))
-        return jnp.maximum(so_far, jnp.max(some, axis=1, keepdims=True))
 
-    largest = lax.fori_loop(0, parts, widest, jnp.zeros((x.shape[0], 1), jnp.float32))
+def _begins() -> Any:
+    """Returns whether a core meets these rows for the first time."""
+    return (pl.program_id(2) == 0) & (pl.program_id(3) == 0)
+
+
+def _round(x: Any, rounded: Any, factor: Any) -> None:
+    """Rounds all of some rows to int8, each by its own largest element, by single rows of lanes."""
+
+    def at(turn: Any) -> Any:
+        return slice(None), pl.ds(pl.multiple_of(turn * LANES, LANES), LANES)
+
+    def widest(turn: Any, so_far: Any) -> Any:
+        return jnp.maximum(so_far, jnp.abs(x[at(turn)].astype(jnp.float32)))
+
+    turns = x.shape[1] // LANES
+    largest = lax.fori_loop(0, turns, widest, jnp.zeros((x.shape[0], LANES), jnp.float32))
+    largest = jnp.max(largest, axis=1, keepdims=True)
     some = largest > 0
     inverse = jnp.where(some, LIMIT / jnp.where(some, largest, 1.0), 0.0)
     factor[...] = jnp.broadcast_to(largest * (1.0 / LIMIT), factor.shape)
 
-    def one(part: Any, none: None) -> None:
-        whole = jnp.round(x[at(part)].astype(jnp.float32) * inverse)
-        rounded[at(part)] = whole.astype(jnp.int32).astype(jnp.int8)
+    def one(turn: Any, none: None) -> None:
+        whole = jnp.round(x[at(turn)].astype(jnp.float32) * inverse)
+        rounded[at(turn)] = whole.astype(jnp.int32).astype(jnp.int8)
 
-    lax.fori_loop(0, parts, one, None)
+    lax.fori_loop(0, turns, one, None)
 
 
 def _dot(build: _Build, x: Any, w: Any, sums: Any) -> Any:

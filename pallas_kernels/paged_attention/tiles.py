@@ -18,14 +18,11 @@ from jaxserve.pallas_kernels.paged_attention.mosaic import (
     row_lanes,
     used_bytes,
 )
-from jaxserve.pallas_kernels.tuning import UNTUNED, current_chip, tuned
+from jaxserve.pallas_kernels.tuning import TWO_CORES, UNTUNED, current_chip, tuned
 
 BLOCK_BYTES = 1 << 21
 """Bytes of keys and values that a decode step reads at once, where no table says otherwise: long
 enough a copy that starting it costs little, and two of them fit into any core."""
-
-TWO_CORES = ("v4", "v5p")
-"""Chips whose two cores are one device."""
 
 VMEM_BYTES = {"v4": 16 << 20, "v5e": 128 << 20, "v5p": 64 << 20, "v6e": 128 << 20}
 """Memory of a core."""
