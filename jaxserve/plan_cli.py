@@ -152,6 +152,10 @@ def search(
     if save_dir is not None:
         for path in plan.save(save_dir):
             typer.echo(f"wrote {path}", err=True)
+        if verify:
+            path = save_dir / "verified.json"
+            path.write_text(json.dumps(fields["verified"], indent=2) + "\n", encoding="utf-8")
+            typer.echo(f"wrote {path}", err=True)
     if verify:
         checked.check()  # pyright: ignore[reportPossiblyUnboundVariable]
 

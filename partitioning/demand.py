@@ -8,6 +8,7 @@ No JAX.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -56,8 +57,10 @@ class Demand:
                 raise UsageError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("ttft_s", "tpot_s", "rate"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UsageError(f"{name}={value} must be positive; leave it out for no limit")
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(
+                    f"{name}={value} must be positive and finite; leave it out for no limit"
+                )
 
     @property
     def context_tokens(self) -> int:

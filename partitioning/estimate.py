@@ -252,9 +252,9 @@ class Coster:
         flops, rate, origin = self._flops(op, rows)
         yield Term(op.name, Part.COMPUTE, flops, "flop", flops / rate, origin, ahead=True)
         each = self.kept.weights.per_element(op.inputs)
-        yield self._memory(op.name, Part.WEIGHTS, op.read(tokens) * each * op.turns)
-        size = rows * (op.inner + op.outer) * op.turns * self.kept.activation_bytes
-        yield self._memory(op.name, Part.ACTIVATIONS, size)
+        yield self._memory(op.name, Part.WEIGHTS, op.read(tokens) * each, op.turns)
+        size = rows * (op.inner + op.outer) * self.kept.activation_bytes
+        yield self._memory(op.name, Part.ACTIVATIONS, size, op.turns)
 
     def _flops(self, op: Product, rows: Any) -> tuple[Any, Any, Origin]:
         """Returns (operations of a product with its tiles full, their rate, its origin)."""
@@ -265,10 +265,11 @@ class Coster:
             return flops, _at(curve, rows) / chip.devices, Origin.MEASURED
         return flops, chip.flops.number / chip.devices * self.efficiency.matmul, Origin.FITTED
 
-    def _memory(self, name: str, part: Part, size: Any) -> Term:
-        chip = self.on.chip
+    def _memory(self, name: str, part: Part, each: Any, turns: int = 1) -> Term:
+        """Returns the term of bytes that so many layers move, `each` at a time."""
+        chip, size = self.on.chip, each * turns
         if curve := chip.curves.get("hbm"):
-            rate, origin = _at(curve, size) / chip.devices, Origin.MEASURED
+            rate, origin = _at(curve, each) / chip.devices, Origin.MEASURED
         else:
             rate, origin = chip.hbm.number / chip.devices * self.efficiency.hbm, Origin.FITTED
         return Term(name, part, size, "bytes", size / rate, origin, ahead=True)
@@ -291,8 +292,9 @@ class Coster:
         yield Term(
             "attention", Part.COMPUTE, flops, "flop", flops / peak, Origin.FITTED, ahead=True
         )
-        yield self._memory("keys and values read", Part.KV, read)
-        yield self._memory("keys and values written", Part.KV, written)
+        layers = self.share.config.num_layers
+        yield self._memory("keys and values read", Part.KV, read / layers, layers)
+        yield self._memory("keys and values written", Part.KV, written / layers, layers)
 
     def _collectives(self, tokens: Any, rows: Any) -> Iterator[Term]:
         for flow in self.traffic.flows:

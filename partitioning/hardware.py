@@ -256,10 +256,12 @@ def shapes(chip: Chip, most: int) -> list[ChipSlice]:
     powers = [2**i for i in range(most.bit_length()) if 2**i <= most]
     match chip.fabric:
         case Fabric.PLANE:
-            sides = [(a, b) for a in powers for b in powers if a <= b <= 2 * a and b <= 16]
+            wide = [n for n in powers if 2 <= n <= 16]
+            sides = [(1, 1), *((a, b) for a in wide for b in wide if a <= b <= 2 * a)]
         case Fabric.TORUS:
-            every = [n for n in powers if n in (1, 2) or n % 4 == 0]
-            sides = [(a, b, c) for a in every for b in every for c in every if a <= b <= c <= 2 * a]
+            every = [n for n in powers if n == 2 or n % 4 == 0]
+            cubes = [(a, b, c) for a in every for b in every for c in every]
+            sides = [(2, 2, 1), *(s for s in cubes if s[0] <= s[1] <= s[2] <= 2 * s[0])]
         case _:
             local = [(n,) for n in powers if n <= chip.host_chips]
             sides = [*local, *((n, chip.host_chips) for n in powers if n > 1)]
@@ -285,6 +287,8 @@ _NEEDED = ("bfloat16", "hbm_bytes", "hbm", "hop_s")
 _LINKS = ("link", "links", "inside", "dcn", "pcie")
 _VALUES = (*_NEEDED, "int8", "fp8", "fp4", *_LINKS, "layer_s", "usd_hour")
 _CURVES = ("hbm", "matmul")
+_MAY_BE_ZERO = ("hop_s", "layer_s", "usd_hour")
+_COUNTS = ("host_chips", "max_chips", "tile")
 
 
 def _chip(name: str, table: Any, where: str) -> Chip:
@@ -304,6 +308,10 @@ def _chip(name: str, table: Any, where: str) -> Chip:
     if missing := [key for key in needed if key not in table]:
         raise ConfigError(f"{where}: {missing[0]} is missing; give [number, origin, source]")
     values = {key: _value(table[key], f"{where}: {key}") for key in _VALUES if key in table}
+    rates = {key: values[key].number for key in values.keys() - set(_MAY_BE_ZERO)}
+    for key, number in (rates | {key: table[key] for key in _COUNTS}).items():
+        if number <= 0:
+            raise ConfigError(f"{where}: {key}={number} must be positive")
     curves = table.get("curves", {})
     if unknown := sorted(curves.keys() - set(_CURVES)):
         raise ConfigError(f"{where}: no curve is called {unknown[0]}; use {', '.join(_CURVES)}")
@@ -336,8 +344,8 @@ def _check_shape(found: ChipSlice) -> None:
     chip, shape = found.chip, found.shape
     match chip.fabric:
         case Fabric.PLANE:
-            fits = len(shape) == 2 and all(n in (1, 2, 4, 8, 16) for n in shape)
-            rule = "two sides of 1, 2, 4, 8 or 16"
+            fits = shape == (1, 1) or (len(shape) == 2 and all(n in (2, 4, 8, 16) for n in shape))
+            rule = "one chip, or two sides of 2, 4, 8 or 16"
         case Fabric.TORUS:
             fits = len(shape) == 3 and all(n in (1, 2) or n % 4 == 0 for n in shape)
             rule = "three sides, each 1, 2 or a multiple of 4"

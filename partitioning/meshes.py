@@ -80,6 +80,8 @@ def layouts(laid: Laid, space: Space) -> Iterator[tuple[PhaseLayout, PhaseLayout
                 ):
                     if not (laid.best or _splits(prefill, heads)):
                         continue
+                    if prefill is Ffn.WS2D and _is_ws1d(heads, laid) and Ffn.WS1D in space.prefill:
+                        continue
                     yield PhaseLayout(prefill, heads), PhaseLayout(decode, heads)
 
 
@@ -100,6 +102,11 @@ def _differs(ffn: Ffn, heads: Heads, laid: Laid) -> bool:
             return y > 1 and z > 1
         case Ffn.WG_XYZ:
             return x * y * z > 1
+
+
+def _is_ws1d(heads: Heads, laid: Laid) -> bool:
+    """Returns whether WS2D puts everything where WS1D does."""
+    return laid.sizes["x"] == 1 and laid.best and heads in (Heads.HEADS, Heads.BATCH)
 
 
 def _differs_heads(heads: Heads, sizes: Mapping[str, int]) -> bool:

@@ -36,7 +36,7 @@ from jaxserve.partitioning.efficiency import Efficiency
 from jaxserve.partitioning.estimate import Coster, Estimate
 from jaxserve.partitioning.hardware import ChipSlice, Fabric
 from jaxserve.partitioning.layout import PhaseLayout
-from jaxserve.partitioning.memory import Kept, kv_bytes, weights_bytes
+from jaxserve.partitioning.memory import Kept, memory_of
 from jaxserve.partitioning.meshes import Laid, layouts, meshes
 from jaxserve.partitioning.points import Option, Points, joined
 from jaxserve.partitioning.traffic import Traffic
@@ -104,12 +104,14 @@ class Candidate:
         before = (demand.input_tokens - self.chunk) // 2
         whole = demand.context_tokens
         decode = later.estimate(self.batch // option.stages, 1, middle, whole)
-        # The batches that are in other stages have keys and values here, too.
-        kept = replace(decode.memory, kv_bytes=option.stages * decode.memory.kv_bytes)
-        return {
-            "prefill": first.estimate(self.group, self.chunk, before, demand.input_tokens),
-            "decode": replace(decode, memory=kept),
-        }
+        prefill = first.estimate(self.group, self.chunk, before, demand.input_tokens)
+        # The batches that are in other stages have keys and values here, too; and while some
+        # prompts are read, all other sequences have theirs.
+        kept = option.stages * decode.memory.kv_bytes
+        decode = replace(decode, memory=replace(decode.memory, kv_bytes=kept))
+        if both:
+            prefill = replace(prefill, memory=replace(prefill.memory, kv_bytes=kept))
+        return {"prefill": prefill, "decode": decode}
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,8 @@ def search(
     """
     space = space or Space()
     demand.check(config)
+    if top < 1:
+        raise UsageError(f"top={top} must be at least 1")
     if demand.objective is Objective.COST and on.usd_hour is None:
         raise UsageError(
             f"no price is known of {on.chip.name}; add usd_hour to its table with --hardware FILE, "
@@ -188,6 +192,13 @@ def search(
     if Serving.DISAGGREGATED in space.serving:
         found += disaggregated(config, on, demand, space, tally.seen)
     if not found and tally.least_short is None:
+        every = (laid for _, _, part in _parts(on, space) for laid in meshes(part))
+        if not any(True for laid in every for _ in layouts(laid, space)):
+            names = ", ".join([*space.prefill, *space.heads])
+            raise UsageError(
+                f"on {on.name} none of {names} differs from simpler layouts; leave --layout and "
+                "--attention out, or use a larger slice"
+            )
         raise UsageError(
             f"embed_dim={config.embed_dim} divides over no mesh of {on.name}; use another slice"
         )
@@ -310,13 +321,13 @@ class _Bench:
         share = self.share(decode)
         if share is None:
             return False
-        taken = weights_bytes(share, kept)
-        least = max(space.batches[0], self.stages)
-        taken += kv_bytes(share, kept, least, demand.context_tokens)
-        free = self.laid.network.on.device_hbm_bytes - taken
+        on, context = self.laid.network.on, demand.context_tokens
+        each = max(space.batches[0] // self.stages, 1)
+        memory = memory_of(share, on, kept, batch=each, context=context)
+        free = memory.free_bytes - (self.stages - 1) * memory.kv_bytes
         if free < 0:
             tally.seen(free)
-        return free >= 0
+        return bool(free >= 0)
 
 
 def ranked(
@@ -462,8 +473,12 @@ def _short(points: Points, index: int, demand: Demand) -> dict[str, float]:
 
 
 def _score(points: Points, demand: Demand) -> np.ndarray:
-    """Returns what is to be least. Without a rate a slice is paid for whole: the most tokens."""
-    if demand.objective is Objective.LATENCY:
+    """Returns what is to be least: a slice is paid for whole, so most tokens cost the least.
+
+    Where it carries the rate that is asked for, more would be for nothing: then it is the time.
+    """
+    carried = demand.rate is not None and demand.objective is Objective.COST
+    if demand.objective is Objective.LATENCY or carried:
         return points.ttft_s + demand.output_tokens * points.tpot_s
     return -points.rate
 

@@ -177,10 +177,10 @@ class Plan(_Shown):
 
     @property
     def layout(self) -> Layout | None:
-        """Returns the best deployment's layout; None where chips have other programs."""
+        """Returns the best deployment's layout; None where the runtime cannot run it."""
         best = self.best
         option = best.option
-        if option.prefill_network is not None or option.stages > 1:
+        if option.not_run():
             return None
         step = max(best.chunk * best.group, 512)
         return Layout(
@@ -262,6 +262,8 @@ class Plan(_Shown):
     def save(self, folder: str | Path) -> list[Path]:
         """Writes everything into a folder, and returns the files.
 
+        What serves the plan is left out where the runtime cannot run it: layout, manifest, script.
+
         Raises:
             UsageError: there is no answer to save, or the folder cannot be written.
             UnsupportedError: matplotlib is missing.
@@ -274,9 +276,10 @@ class Plan(_Shown):
             "plan.json": json.dumps(self.fields(), indent=2) + "\n",
             "candidates.csv": self.csv(),
             "report.html": html(self),
-            "kubernetes.yaml": manifest(self),
-            "benchmark.sh": benchmark_script(self),
         }
+        layout = self.layout
+        if layout is not None:
+            texts |= {"kubernetes.yaml": manifest(self), "benchmark.sh": benchmark_script(self)}
         target = Path(folder)
         try:
             target.mkdir(parents=True, exist_ok=True)
@@ -285,8 +288,8 @@ class Plan(_Shown):
         except OSError as error:
             raise UsageError(f"{target} cannot be written: {error}") from error
         files = [target / name for name in texts]
-        if self.layout is not None:
-            self.layout.write(target / "layout.json")
+        if layout is not None:
+            layout.write(target / "layout.json")
             files.append(target / "layout.json")
         return [*files, *pictures(self, target)]
 

@@ -147,9 +147,13 @@ def argument_bytes(job: Job, sizes: dict[str, int]) -> int:
         cuts = job.phase.cuts(leaf.axes, values.shape, sizes)
         pieces = math.prod(sizes[axis] for cut in cuts for axis in cut)
         total += values.size * values.dtype.itemsize // pieces
-    local = jax.eval_shape(partial(_empty, job, program))
-    total += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(local))
-    return total + 4 * job.batch * (job.length + 1)
+    return total + kv_bytes(job, sizes) + 4 * job.batch * (job.length + 1)
+
+
+def kv_bytes(job: Job, sizes: dict[str, int]) -> int:
+    """Returns the bytes of a step's cache on one device."""
+    local = jax.eval_shape(partial(_empty, job, job.program(sizes)))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(local))
 
 
 def _decode(program: Program, params: Any, cache: Any, tokens: Any, positions: Any) -> Any:

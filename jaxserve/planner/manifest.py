@@ -42,8 +42,6 @@ def manifest(plan: Plan) -> str:
         "#   kubectl create configmap jaxserve-layout --from-file=layout.json",
         "#   kubectl create secret generic jaxserve-keys --from-file=keys=FILE",
     ]
-    for lacking in option.not_run():
-        notes.append(f"# NOT RUN by jaxserve yet: {lacking}.")
     if hosts > 1:
         notes.append(
             f"# A copy spans {hosts} hosts: one pod a host, started together, for which one "

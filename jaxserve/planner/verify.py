@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ class Step:
         copies: weights or cache that the program moves about.
         planned_bytes, argument_bytes: weights, cache and tokens, as planned and as compiled.
         estimated_temp_bytes, temp_bytes: everything else.
+        beside_bytes: keys and values of sequences that are not in the step.
         device_bytes: the device's memory.
         compile_s: wall time.
         cached: it was compiled before.
@@ -104,6 +106,7 @@ class Step:
     argument_bytes: int
     estimated_temp_bytes: int
     temp_bytes: int
+    beside_bytes: int
     device_bytes: int
     compile_s: float
     cached: bool = field(default=False, compare=False)
@@ -119,10 +122,13 @@ class Step:
                 continue
             if both and abs(here - there) <= TOLERANCE * here:
                 continue
+            # Where a compiler pads a scatter, it moves the ends of its pieces with permutes.
+            if "permute" in key and there <= TOLERANCE * self._sent(key):
+                continue
             if here != there:
                 found.append(f"{key}: {here:,} bytes predicted, {there:,} compiled")
         if self.exact:
-            taken = self.argument_bytes + self.temp_bytes
+            taken = self.argument_bytes + self.temp_bytes + self.beside_bytes
             if taken > self.device_bytes:
                 short = (taken - self.device_bytes) / 1e9
                 found.append(f"memory: {taken / 1e9:,.2f} GB compiled, {short:,.2f} GB short")
@@ -133,6 +139,11 @@ class Step:
                 )
             found += [f"copy: none predicted, {copy} compiled" for copy in self.copies]
         return found
+
+    def _sent(self, key: str) -> int:
+        """Returns the bytes predicted for the part of the program that a term stands in."""
+        part = key.rpartition(", ")[2]
+        return sum(size for name, size in self.predicted.items() if name.endswith(f", {part}"))
 
 
 @dataclass(frozen=True)
@@ -253,6 +264,7 @@ def _step(
         answer["argument_bytes"],
         int(temporary),
         answer["temp_bytes"],
+        max(int(memory.kv_bytes) - answer["kv_bytes"], 0),
         int(on.device_hbm_bytes),
         answer["compile_s"],
         cached,
@@ -264,13 +276,25 @@ def _asked(question: Question, limit_s: float) -> tuple[dict[str, Any], bool]:
     text = msgspec.json.encode(question)
     packages = ("jaxserve", "jax", "libtpu", "jax-cuda13-plugin")
     versions = [_version(name) for name in packages]
-    key = hashlib.sha256(text + json.dumps(versions).encode()).hexdigest()[:32]
+    what = text + json.dumps(versions).encode() + _sources()
+    key = hashlib.sha256(what).hexdigest()[:32]
     kept = directory().parent / "verify" / f"{key}.json"
     if kept.is_file():
         return json.loads(kept.read_text(encoding="utf-8")), True
     found = _compiled(text, question, limit_s)
     _keep(kept, found)
     return json.loads(found), False
+
+
+@cache
+def _sources() -> bytes:
+    """Returns a digest of what the answer is made by."""
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for folder in ("planner", "partitioning", "layers", "pallas_kernels", "serving"):
+        for path in sorted((root / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.digest()
 
 
 def _compiled(text: bytes, question: Question, limit_s: float) -> str:

@@ -23,7 +23,7 @@ def answer(question: Question) -> dict[str, Any]:
     """Returns the compiled step beside its plan."""
     from jaxserve.planner.check import check
     from jaxserve.planner.gpu_topology import Gpus
-    from jaxserve.planner.lower import Job
+    from jaxserve.planner.lower import Job, kv_bytes
     from jaxserve.planner.topology import Slice
 
     plan = MeshPlan(*question.mesh)
@@ -52,6 +52,7 @@ def answer(question: Question) -> dict[str, Any]:
         "compiled": _named(report.compiled),
         "copies": list(report.copies),
         "planned_bytes": report.planned_bytes,
+        "kv_bytes": kv_bytes(job, on.sizes),
         "argument_bytes": report.argument_bytes,
         "temp_bytes": report.temp_bytes,
         "compile_s": report.compile_s,

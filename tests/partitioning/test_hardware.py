@@ -97,8 +97,9 @@ def test_slices_to_choose_from_come_by_size():
     [
         ("v9:4x4", "known: v4, v5e"),
         ("v5e", "is not CHIP:SIZES, as in v5e:4x4"),
-        ("v5e:3x5", "there is no slice v5e:3x5: v5e comes as two sides"),
-        ("v5e:4x4x4", "two sides of 1, 2, 4, 8 or 16"),
+        ("v5e:3x5", "there is no slice v5e:3x5: v5e comes as one chip"),
+        ("v5e:4x4x4", "two sides of 2, 4, 8 or 16"),
+        ("v5e:1x2", "one chip, or two sides of 2"),
         ("v4:3x4x4", "three sides, each 1, 2 or a multiple of 4"),
         ("h100:9", "up to 8 chips of one host"),
         ("v5e:0x4", "is not CHIP:SIZES"),

@@ -11,7 +11,7 @@ from jaxserve.partitioning.demand import Demand, Objective, Serving, Space
 from jaxserve.partitioning.dtypes import KV, WEIGHTS
 from jaxserve.partitioning.hardware import ChipSlice, slice_of
 from jaxserve.partitioning.layout import Ffn, Heads, PhaseLayout
-from jaxserve.partitioning.memory import Kept
+from jaxserve.partitioning.memory import RESERVED_SHARE, Kept
 from jaxserve.partitioning.meshes import layouts, meshes
 from jaxserve.partitioning.search import Candidate, Found, Verdict, ranked, search, stage_of
 
@@ -256,6 +256,33 @@ def test_256_chips_are_searched_in_seconds():
 def test_what_cannot_be_asked_is_refused(demand: Demand, on: str, message: str):
     with pytest.raises(UsageError, match=message):
         found(demand, on=on)
+
+
+def test_a_choice_without_a_meaning_there_is_refused():
+    space = Space(heads=(Heads.BATCH,))
+    with pytest.raises(UsageError, match=r"on v5e:1x1 none of .*batch differs"):
+        search(named_config("llama-3.2-1b"), slice_of("v5e:1x1"), Demand(100, 10), space)
+
+
+def test_what_does_not_fit_is_short_of_all_that_is_needed():
+    """With as many bytes more, it fits."""
+    answer = search(LLAMA, slice_of("v5e:2x2"), Demand(4000, 500), Space(batches=(1, 1)))
+    assert answer.verdict is Verdict.DOES_NOT_FIT
+    chip = slice_of("v5e:2x2").chip
+    needed = answer.short["device_bytes"] + answer.short["bytes"]
+    # A share of a larger memory is left free, too.
+    whole = (needed - RESERVED_SHARE * answer.short["device_bytes"]) / (1 - RESERVED_SHARE)
+    for more, verdict in ((0.999, Verdict.DOES_NOT_FIT), (1.001, Verdict.OK)):
+        size = replace(chip.values["hbm_bytes"], number=more * whole * chip.devices)
+        large = replace(chip, values={**chip.values, "hbm_bytes": size})
+        on = ChipSlice(large, (2, 2))
+        assert search(LLAMA, on, Demand(4000, 500), Space(batches=(1, 1))).verdict is verdict
+
+
+def test_a_rate_that_is_carried_asks_for_no_more():
+    config, demand = named_config("llama-3-8b"), Demand(1000, 200, rate=2.0)
+    cheap = search(config, slice_of("v5e:2x4"), replace(demand, objective=Objective.COST)).best[0]
+    assert cheap.ttft_s < 2
 
 
 def test_a_width_that_never_divides_is_refused():

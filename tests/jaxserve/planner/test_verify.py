@@ -21,6 +21,7 @@ STEP = Step(
     argument_bytes=500,
     estimated_temp_bytes=10,
     temp_bytes=20,
+    beside_bytes=30,
     device_bytes=1000,
     compile_s=1.0,
 )
@@ -41,6 +42,7 @@ def test_agreement_says_nothing():
         ({"compiled": {"all-gather over x, bf16, a layer": 1030}}, "1,030 compiled"),
         ({"copies": ("copy of 1 MiB",)}, "copy: none predicted, copy of 1 MiB compiled"),
         ({"temp_bytes": 600}, "GB short"),
+        ({"beside_bytes": 600}, "GB short"),
         ({"argument_bytes": 600}, "weights and cache: 500 bytes predicted, 600 compiled"),
     ],
 )
@@ -52,6 +54,15 @@ def test_the_term_that_differs_is_named(fields: dict[str, object], message: str)
 
 def test_a_compiler_may_pad_a_little():
     Verified((replace(STEP, compiled={"all-gather over x, bf16, a layer": 1015}),)).check()
+
+
+def test_the_permutes_of_padding_are_no_difference_unless_they_are_large():
+    term = "collective-permute over x, bf16, a layer"
+    for size, differing in ((20, 0), (21, 1)):
+        padded = replace(STEP, compiled={**STEP.compiled, term: size})
+        assert len(padded.differing) == differing
+    elsewhere = {**STEP.compiled, "collective-permute over x, bf16, ends": 20}
+    assert replace(STEP, compiled=elsewhere).differing
 
 
 def test_a_stand_in_is_asked_for_kinds_alone():
