@@ -42,10 +42,8 @@ MATMUL = {
 """(inputs, output channels) of a weight on one chip."""
 
 BLOCK_BYTES = (1 << 21, 1 << 20, 1 << 22)
-TILES = {
-    16: ((16, 2048, 1024), (16, 512, 2048)),
-    256: ((256, 512, 4096), (256, 1024, 1024)),
-}
+TILES = {16: ((2048, 2), (1024, 1)), 256: ((1024, 1), (512, 1))}
+"""(channels, parts of the contraction) of a block, by rows."""
 TARGETS = {"paged_attention": ("of_hbm_time", 0.8), "int8_matmul": ("over_roofline", 1.15)}
 
 
@@ -60,11 +58,12 @@ def cases(chip: str, tune: bool) -> list[dict[str, Any]]:
             found.append({"kernel": "paged_attention", "model": model, "keys": keys, **heads})
     for model, (inputs, channels) in MATMUL.items():
         for rows, tiles in TILES.items():
-            for tile in tiles:
-                shape = {"rows": rows, "inputs": inputs, "channels": channels, "tile": list(tile)}
+            blocks = [[rows, block, inputs // parts] for block, parts in tiles]
+            for tile in blocks:
+                shape = {"rows": rows, "inputs": inputs, "channels": channels, "tile": tile}
                 for mode in ("w8a16", "w8a8"):
                     found.append({"kernel": "int8_matmul", "model": model, "mode": mode, **shape})
-            beside = {"rows": rows, "inputs": inputs, "channels": channels, "tile": list(tiles[0])}
+            beside = {"rows": rows, "inputs": inputs, "channels": channels, "tile": blocks[0]}
             found.append({"kernel": "jax_matmul", "model": model, "mode": "bf16", **beside})
     found = [{"chip": chip, **case} for case in found]
     if tune:

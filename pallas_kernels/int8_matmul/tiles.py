@@ -58,5 +58,11 @@ def tile_for(rows: int, inputs: int, channels: int, mode: Mode, chip: str | None
     if row is not None:
         return Tile(*row["tile"], origin=row["origin"], cores=cores)
     if few:
-        return Tile(64, 1024, 1024, cores=cores)
-    return Tile(256, 512, 2048 if mode is Mode.W8A16 else 1024, cores=cores)
+        return Tile(64, 1024, _even(inputs, 1024), cores=cores)
+    most = 2048 if mode is Mode.W8A16 else 1024
+    return Tile(256, 512, _even(inputs, most), cores=cores)
+
+
+def _even(size: int, most: int) -> int:
+    """Returns the size of equal parts, none longer than asked for, in whole rows of lanes."""
+    return _whole(-(-size // -(-size // most)), LANES)
