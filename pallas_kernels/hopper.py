@@ -41,13 +41,19 @@ def require() -> None:
         )
 
 
+def _mosaic() -> Any:
+    """Returns Mosaic GPU, which is imported where a kernel is made and not before."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    return mosaic_gpu
+
+
 def swizzled(columns: int, dtype: Any) -> tuple[Any, ...]:
     """Returns the transforms of rows of `columns` in shared memory, as wgmma and copies have them.
 
     The widest swizzle that the rows are a multiple of: no bank is asked twice at a time.
     """
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
+    plgpu = _mosaic()
     size = jnp.dtype(dtype).itemsize
     width = next(w for w in (128, 64, 32, 16) if columns * size % w == 0)
     if width == 16:
@@ -57,9 +63,7 @@ def swizzled(columns: int, dtype: Any) -> tuple[Any, ...]:
 
 def interpreter() -> Any:
     """Returns the parameters that interpret a kernel with its races reported."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    return plgpu.InterpretGPUParams(detect_races=True)
+    return _mosaic().InterpretGPUParams(detect_races=True)
 
 
 def on_platform(run: Callable[..., Any], interpret: Any, *given: Any) -> Any:
@@ -75,8 +79,6 @@ def on_platform(run: Callable[..., Any], interpret: Any, *given: Any) -> Any:
         return run(False, *given)
 
     def interpreted(*given: Any) -> Any:
-        from jax.experimental.pallas import mosaic_gpu as plgpu
-
-        return run(plgpu.InterpretGPUParams(), *given)
+        return run(_mosaic().InterpretGPUParams(), *given)
 
     return lax.platform_dependent(*given, cuda=compiled, default=interpreted)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 from jax.typing import DTypeLike
 
 from jaxserve.config import Activation
@@ -30,6 +30,8 @@ from jaxserve.pallas_kernels.hopper import on_platform, swizzled
 from jaxserve.pallas_kernels.int8_matmul import Mode, activated
 from jaxserve.pallas_kernels.int8_matmul.gpu_tiles import Tile, swapped, tile_for
 from jaxserve.pallas_kernels.int8_matmul.reference import LIMIT, scaled_rows
+
+plgpu: Any = mosaic_gpu  # whose types do not know its own references
 
 FP8_LIMIT = 448.0
 """Greatest magnitude of a rounded activation where weights are e4m3."""

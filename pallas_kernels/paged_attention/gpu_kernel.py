@@ -20,12 +20,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 
 from jaxserve.config import AttentionSpec
 from jaxserve.pallas_kernels.hopper import ROWS, swizzled
 from jaxserve.pallas_kernels.paged_attention.gpu_tiles import Tile, chunk_of
 from jaxserve.pallas_kernels.paged_attention.items import Item
+
+plgpu: Any = mosaic_gpu  # whose types do not know its own references
 
 LOG2E = math.log2(math.e)
 

@@ -41,10 +41,10 @@ def attention(
     pages = jax.tree.map(lambda x: shaped(x.shape, x.dtype), empty)
     q, whole = shaped((tokens, spec.num_heads, spec.head_dim), jnp.bfloat16), jnp.int32
 
-    def call(q: Any, pages: Any, *rest: Any) -> Any:
+    def call(q: Any, pages: Any, table: Any, q_start: Any, kv_len: Any, q_pos: Any) -> Any:
         return gpu.paged_attention(
-            q, pages, *rest, spec, page_size=page_size, sink_tokens=sinks, max_query=max_query,
-            q_sink=q if sinks else None, interpret=False,
+            q, pages, table, q_start, kv_len, q_pos, spec, page_size=page_size,
+            sink_tokens=sinks, max_query=max_query, q_sink=q if sinks else None, interpret=False,
         )  # fmt: skip
 
     rest = (ROWS, WIDTH), (ROWS + 1,), (ROWS,), (tokens,)

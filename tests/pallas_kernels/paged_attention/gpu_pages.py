@@ -27,7 +27,9 @@ def both(case: Case, tile: Tile, seed: int = 0) -> Both:
     """Returns what kernel and definition make of the same call; a race is an error."""
     rng = np.random.default_rng(seed)
     plain, _ = filled(case, rng)
-    q, *rest = arrays(case, rng)
+    q, *others = arrays(case, rng)
+    table, q_start, kv_len, q_pos = others
+    rest = table, q_start, kv_len, q_pos, case.spec
     given: dict[str, Any] = {
         "page_size": case.page_size,
         "pinned_pages": case.pinned,
@@ -36,9 +38,13 @@ def both(case: Case, tile: Tile, seed: int = 0) -> Both:
         "outputs": (Extra.LSE,),
         **options(case, rng, q.shape[0]),
     }
-    wanted = reference.paged_attention(q, plain, *rest, case.spec, **given)
+    wanted = reference.paged_attention(q, plain, *rest, **given)
     found = gpu.paged_attention(
-        q, gpu_pages(plain), *rest, case.spec, **given, tile=tile, interpret=interpreter()
+        q, gpu_pages(plain), *rest, **given, tile=tile, interpret=interpreter()
     )
-    pairs = [tuple(np.asarray(x.astype(jnp.float32)) for x in pair) for pair in (found, wanted)]
-    return Both(*pairs)
+
+    def floats(pair: Any) -> tuple[np.ndarray, np.ndarray]:
+        out, lse = (np.asarray(x.astype(jnp.float32)) for x in pair)
+        return out, lse
+
+    return Both(floats(found), floats(wanted))
