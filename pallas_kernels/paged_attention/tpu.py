@@ -447,7 +447,9 @@ def _run_heads(
         slopes=None if slopes is None else _slopes(slopes[own], build),
         mask=None if given.mask is None else _shared(static, _mask(given.mask, runs)),
         scales=_scales(given, base, build) if given.scales.some else None,
-        fresh=_fresh(static, fresh[:, first : first + heads], runs) if build.written else None,
+        fresh=None
+        if fresh is None or several
+        else _fresh(static, fresh[:, first : first + heads], runs),
         pages=given.pages,
     )
     out, lse, pages = attend(build, operands, static.interpret)

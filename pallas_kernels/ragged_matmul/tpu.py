@@ -36,20 +36,20 @@ LANES = 128
 
 
 class _Visits(NamedTuple):
-    """What the kernel does in turn, int32[V] each but for `count`, which has one number.
+    """What the kernel does in turn, int32[V] each but for `number`, which has one number.
 
     Attributes:
         block: of rows.
         group: whose weight they meet.
         low, high: rows of the block that are the group's.
-        count: visits that there are; those after it repeat the last one and do nothing.
+        number: visits that there are; those after it repeat the last one and do nothing.
     """
 
     block: Array
     group: Array
     low: Array
     high: Array
-    count: Array
+    number: Array
 
 
 @dataclass(frozen=True)

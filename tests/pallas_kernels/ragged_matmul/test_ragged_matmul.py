@@ -85,7 +85,8 @@ def test_blocks_of_the_kernel_fit_no_side(mode: Mode, dtype: str) -> None:
     rng = np.random.default_rng(1)
     sizes = np.array((0, 20, 0, 3, 40, 1, 0), np.int32)
     x, w, scales = rounded(rng, 70, len(sizes), 300, 150)
-    given = jnp.asarray(x, dtype), w, sizes, dtype
+    scales = jnp.asarray(scales)
+    given = jnp.asarray(x, dtype), jnp.asarray(w), jnp.asarray(sizes), dtype
     found = tpu.ragged_matmul(*given, scales=scales, mode=mode, tile=Tile(16, 128, 128))
     wanted = reference.ragged_matmul(*given, scales=scales, mode=mode)
     limit = 1e-5 if dtype == "float32" else 1e-2
@@ -95,7 +96,7 @@ def test_blocks_of_the_kernel_fit_no_side(mode: Mode, dtype: str) -> None:
 
 def test_a_visit_is_a_block_and_a_group_that_has_rows_in_it() -> None:
     visits = tpu._visits(jnp.array([3, 6, 0, 2]), 11, 4)
-    count = int(visits.count[0])
+    count = int(visits.number[0])
     assert count == 5
     found = [tuple(int(x[i]) for x in visits[:4]) for i in range(count)]
     assert found == [(0, 0, 0, 3), (0, 1, 3, 4), (1, 1, 0, 4), (2, 1, 0, 1), (2, 3, 1, 3)]
