@@ -89,7 +89,7 @@ def named(sums: dict[Any, int]) -> dict[str, int]:
 
 def predicted(row: Row) -> dict[str, Any]:
     """Returns what is known of a row before it is compiled."""
-    from jaxserve.partitioning.cost import Where, gathered_bytes, padded, step_collectives, totals
+    from jaxserve.partitioning.cost import Where, padded, step_collectives, totals
     from jaxserve.planner.lower import argument_bytes
 
     job, on = job_of(row)
@@ -110,8 +110,22 @@ def predicted(row: Row) -> dict[str, Any]:
         "ends_wire_bytes": wire[Where.ENDS],
         "full_tensor_bytes": named(totals(sent)),
         "planned_bytes": argument_bytes(job, on.sizes),
-        "gathered_bytes": gathered_bytes(config, job.phase, on.sizes),
+        "estimated_temp_bytes": temporary_bytes(row),
     }
+
+
+def temporary_bytes(row: Row) -> int:
+    """Returns what the planner takes a chip to hold beside weights and cache."""
+    from jaxserve.partitioning.hardware import slice_of
+    from jaxserve.partitioning.memory import Kept, memory_of
+    from jaxserve.partitioning.work import Share
+
+    job, on = job_of(row)
+    share = Share.of(job.config, job.phase, on.sizes)
+    memory = memory_of(
+        share, slice_of(row.slice), Kept(), batch=BATCH, context=CONTEXT, new=job.length
+    )
+    return int(memory.gathered_bytes + memory.activation_bytes)
 
 
 def measure(row: Row) -> dict[str, Any]:
@@ -123,7 +137,6 @@ def measure(row: Row) -> dict[str, Any]:
     return {
         **predicted(row),
         "exact": report.exact,
-        "as_served": True,
         "layer_wire_bytes_compiled": report.wire("compiled"),
         "ends_wire_bytes_compiled": report.wire("compiled", Where.ENDS),
         "full_tensor_bytes_compiled": named(report.compiled),
@@ -185,22 +198,16 @@ def save(path: Path, found: dict[tuple[str, ...], dict[str, Any]]) -> None:
     partial.replace(path)
 
 
-def held(row: dict[str, Any]) -> tuple[float, float]:
-    """Returns what a chip holds, over the plan without and with what may come beside it."""
-    used = row["argument_bytes"] + row["temp_bytes"]
-    least = row["planned_bytes"]
-    return used / least, used / (least + row["gathered_bytes"])
+def held(row: dict[str, Any]) -> float:
+    """Returns what a chip holds, over the plan."""
+    planned = row["planned_bytes"] + row["estimated_temp_bytes"]
+    return (row["argument_bytes"] + row["temp_bytes"]) / planned
 
 
 def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns counts of rows, and each row that is not as predicted.
-
-    Memory is as planned from 3% below weights and cache to 3% above all that may come beside them;
-    that is nothing where no weights are gathered.
-    """
+    """Returns counts of rows, and each row that is not as predicted."""
     good = [row for row in found if row.get("exact")]
-    over = [row for row in good if held(row)[0] < 0.97 or held(row)[1] > 1.03]
-    plain = [row for row in good if not row["gathered_bytes"]]
+    ratios = sorted(map(held, good))
     return {
         "rows": len(found),
         "exact": len(good),
@@ -208,11 +215,11 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
         "padded_heads_exact": sum(
             row["query_heads"] != row["query_heads_computed"] for row in good
         ),
-        "memory_within_3_percent": sum(0.97 <= held(row)[0] <= 1.03 for row in good),
-        "memory_of_stationary_weights": [min(map(held, plain))[0], max(map(held, plain))[0]]
-        if plain
-        else [],
-        "memory_over": [(*key(row), round(held(row)[1], 3)) for row in over],
+        "memory_within_3_percent": sum(0.97 <= ratio <= 1.03 for ratio in ratios),
+        "memory_over_plan": [round(ratio, 3) for ratio in (ratios[:1] + ratios[-1:])],
+        "memory_apart": [
+            (*key(row), round(held(row), 3)) for row in good if not 0.97 <= held(row) <= 1.03
+        ],
         "slowest_compile_cpu_s": max((row.get("compile_cpu_s", 0) for row in good), default=0),
         "with_copies": [key(row) for row in good if row["copies"]],
         "not_exact": [key(row) for row in found if row.get("exact") is False],

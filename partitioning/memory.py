@@ -4,23 +4,34 @@
     memory.total_bytes, memory.free_bytes           # free is below zero where it does not fit
 
 Weights and cache are exact sums of shards. Temporaries are an estimate: the gathered weights of a
-product, a layer's widest activations and the logits; `--verify` has the compiler's
+product, a layer's activations beside them and the logits; `--verify` has the compiler's
 figure. No JAX.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from jaxserve.config import AttentionSpec, BlockKind
 from jaxserve.partitioning.dtypes import KV, WEIGHTS, Stored
 from jaxserve.partitioning.hardware import ChipSlice
-from jaxserve.partitioning.layout import Stage
-from jaxserve.partitioning.work import Share
+from jaxserve.partitioning.layout import Ffn, Stage
+from jaxserve.partitioning.work import Product, Share
 
 RESERVED_SHARE = 0.05
 """Share of a device's memory that is left to its runtime, as an engine leaves it (assumed)."""
+
+GATHER_AHEAD = ("v5e",)
+"""Chips whose compiler gathers the last weights of a layer while the first are multiplied, read
+from compiled programs (libtpu 0.0.52).
+"""
+
+LAST = ("attention output", "MLP out")
+"""Products that contract what the first projections of a layer led to."""
 
 _FLOAT32 = 4
 
@@ -52,7 +63,8 @@ class Memory:
         weights_bytes: parameters, padded.
         kv_bytes: keys and values of all sequences at their longest.
         gathered_bytes: weights that a product gathers.
-        activation_bytes: the widest activations of a layer.
+        activation_bytes: what else a layer holds where it holds the most: activations, and weights
+            on their way.
         logits_bytes: scores of the vocabulary.
         reserve_bytes: left to the runtime.
         device_bytes: the device's memory.
@@ -88,12 +100,10 @@ def memory_of(
         context: tokens of a sequence at its longest.
         new: tokens of a sequence in a step.
     """
-    tokens = share.tokens(batch, new)
     return Memory(
         weights_bytes(share, kept),
         kv_bytes(share, kept, batch, context),
-        _gathered(share, kept),
-        _activations(share, tokens) * kept.activation_bytes,
+        *_temporary(share, on, kept, share.tokens(batch, new)),
         _logits(share, batch),
         RESERVED_SHARE * on.device_hbm_bytes,
         on.device_hbm_bytes,
@@ -145,19 +155,42 @@ def max_context(share: Share, kept: Kept, *, batch: int, budget_bytes: float) ->
     return least
 
 
-def _gathered(share: Share, kept: Kept) -> float:
+def _gathered(kept: Kept, ops: Sequence[Product]) -> float:
     """Returns the gathered weights of the product that has the most; the next waits for it."""
     return max(
-        op.used * kept.weights.per_element(op.inputs) if op.used > op.stored else 0.0
-        for op in share.products
+        op.used * kept.weights.per_element(op.inputs) if op.used > op.stored else 0.0 for op in ops
     )
 
 
-def _activations(share: Share, tokens: Any) -> Any:
-    """Returns the elements of a layer's activations where they are widest."""
+def _temporary(share: Share, on: ChipSlice, kept: Kept, tokens: Any) -> tuple[float, Any]:
+    """Returns (gathered weights, activations beside them) where a layer holds the most.
+
+    That is while its first weights are gathered, step by step, while they are multiplied, or while
+    the last ones are.
+    """
+    ops = share.products
+    first = _gathered(kept, [op for op in ops if op.name not in LAST])
+    last = _gathered(kept, [op for op in ops if op.name in LAST])
+    # The step before the last one, which is over x, is still there while that goes on.
+    steps = share.sizes["x"] if share.phase.ffn in (Ffn.WG_XY, Ffn.WG_XYZ) else 1
+    arriving = 1 + 1 / steps if steps > 1 else 1
+    ahead = last * arriving if on.chip.name in GATHER_AHEAD else 0.0
     embed = share.config.embed_dim
-    residual = embed / _product(share.pieces(Stage.RESIDUAL))
-    entering = embed / _product(share.pieces(Stage.INPUT))
+    entering = sum(embed / _product(share.pieces(at)) for at in (Stage.RESIDUAL, Stage.INPUT))
+    widest = _widest(share)
+    terms = _product(share.sizes[a] for a in share.phase.placement(Stage.PROJECTED).partial)
+    # Terms of sums are put together, then scattered.
+    leaving = widest * (2 + 1 / terms) if terms > 1 else widest
+    element = tokens * kept.activation_bytes
+    gathering = first * arriving + ahead + element * entering
+    multiplying = first + ahead + element * (entering + leaving)
+    # What the non-linearity makes of it.
+    ending = last + element * (entering + 1.5 * widest)
+    return first, np.maximum(np.maximum(gathering, multiplying), ending) - first
+
+
+def _widest(share: Share) -> float:
+    """Returns a token's features where a layer's first projections leave the most."""
     cut, pieces = share.pieces(Stage.PROJECTED)
     widest = 0.0
     for run in share.runs:
@@ -167,8 +200,7 @@ def _activations(share: Share, tokens: Any) -> Any:
         ffn = mlp.ffn_dim * taken * (2 if mlp.gated else 1)
         width = heads + ffn if run.layer.block is BlockKind.PARALLEL else max(heads, ffn)
         widest = max(widest, width / (cut * pieces))
-    # A projection's result and what the non-linearity makes of it.
-    return tokens * (residual + entering + 1.5 * widest)
+    return widest
 
 
 def _logits(share: Share, batch: Any) -> Any:
