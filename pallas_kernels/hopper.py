@@ -18,6 +18,9 @@ from jaxserve.errors import UnsupportedError
 FIRST = (0, 11, 2)
 """First JAX whose Mosaic GPU has all that the kernels use, the interpreter included."""
 
+CAPABILITY = "9.0"
+"""Compute capability of Hopper: sm_90a's instructions exist on no other, newer or older."""
+
 NUM_CORES = 132
 """Multiprocessors of an H100."""
 
@@ -29,16 +32,25 @@ ROWS = 64
 
 
 def require() -> None:
-    """Checks that this JAX has what the kernels are written in.
+    """Checks that this JAX has what the kernels are written in, and a GPU what they run on.
 
     Raises:
-        UnsupportedError: it is too old.
+        UnsupportedError: JAX is too old, or its GPU is not a Hopper.
     """
     if jax.__version_info__ < FIRST:
         raise UnsupportedError(
             f"backend='gpu' needs jax >= {'.'.join(map(str, FIRST))} and this is {jax.__version__};"
             " use 'xla', or a newer jax"
         )
+    if jax.default_backend() != "gpu":
+        return  # interpreted, or compiled for one that is elsewhere
+    for device in jax.local_devices():
+        capability = str(device.compute_capability)
+        if capability != CAPABILITY:
+            raise UnsupportedError(
+                f"backend='gpu' needs compute capability {CAPABILITY}, as an H100 has, and"
+                f" {device.device_kind} has {capability}; use backend='xla'"
+            )
 
 
 def _mosaic() -> Any:
@@ -69,9 +81,14 @@ def interpreter() -> Any:
 def on_platform(run: Callable[..., Any], interpret: Any, *given: Any) -> Any:
     """Returns `run(interpret, *given)`; where `interpret` is None, compiled for CUDA alone.
 
+    Where JAX's own backend is a GPU, the interpreter is not even traced: its ordered effect would
+    be every program's, which then takes a token and misses the fast way to call it.
+
     Args:
         run: takes False to compile, or the parameters of the interpreter.
     """
+    if interpret is None and jax.default_backend() == "gpu":
+        interpret = False
     if interpret is not None:
         return run(interpret, *given)
 
