@@ -28,7 +28,7 @@ from jaxserve.config import Activation
 from jaxserve.errors import UnsupportedError
 from jaxserve.pallas_kernels.hopper import on_platform, swizzled
 from jaxserve.pallas_kernels.int8_matmul import Mode, activated
-from jaxserve.pallas_kernels.int8_matmul.gpu_tiles import Tile, swapped, tile_for
+from jaxserve.pallas_kernels.int8_matmul.gpu_tiles import SUM_BYTES, Tile, swapped, tile_for
 from jaxserve.pallas_kernels.int8_matmul.reference import LIMIT, scaled_rows
 
 plgpu: Any = mosaic_gpu  # whose types do not know its own references
@@ -44,7 +44,7 @@ class _Build:
     Attributes:
         weight_left: the weight is the left operand.
         whole: the epilogue is the kernel's; else sums are put together outside.
-        steps: of the contraction, for one block of threads.
+        steps: of the contraction, for all its shares.
         copies: rows of the product for one row of activations.
     """
 
@@ -88,12 +88,15 @@ def int8_matmul(
     tokens, size = x.shape[0], math.prod(x.shape[x.ndim - num_inputs :])
     flat_w = w.reshape(-1, size) if orientation == "out_in" else w.reshape(size, -1).T
     rows, factor, copies = _rows(x.reshape(tokens, size), flat_w.dtype, mode)
-    tile = tile or tile_for(rows.shape[0], size, scales.size, mode)
+    # Mosaic GPU has no erf.
+    finished = copies == 1 and activation is not Activation.GELU
+    if tile is None:
+        result_bytes = jnp.dtype(dtype).itemsize if finished else SUM_BYTES
+        tile = tile_for(rows.shape[0], size, scales.size, mode, result_bytes)
     build = _Build(
         mode, tile, swapped(rows.shape[0], mode), jnp.dtype(dtype).name, activation,
-        # Mosaic GPU has no erf.
-        whole=tile.splits == 1 and copies == 1 and activation is not Activation.GELU,
-        steps=-(-size // (tile.inputs * tile.splits)),
+        whole=finished and tile.splits == 1,
+        steps=-(-size // tile.inputs),
         copies=copies,
     )  # fmt: skip
     row = [scales.astype(jnp.float32).reshape(-1)]
@@ -131,7 +134,7 @@ def _multiply(
     tile, (channels, _), rows = build.tile, w.shape, x.shape[0]
     of_left = tile.left * tile.groups
     of_w, of_x = (of_left, tile.right) if build.weight_left else (tile.right, of_left)
-    depth = build.steps * tile.inputs * tile.splits
+    depth = build.steps * tile.inputs
     x, w = _padded(x, of_x, depth), _padded(w, of_w, depth)
     given = [jnp.pad(factor, (0, x.shape[0] - factor.shape[0]))] if build.whole else []
     given += [jnp.pad(r, (0, w.shape[0] - channels)) for r in row] if build.whole else []
@@ -209,7 +212,7 @@ def _kernel(build: _Build, rows: int, sums: Any, left: Any, right: Any, *refs: A
     tile, group = build.tile, lax.axis_index("group")
     across = tile.left * tile.groups
     at = lax.axis_index("left") * across, lax.axis_index("right") * tile.right
-    first = lax.axis_index("share") * build.steps
+    first, steps, unfreed = _share(build)
 
     @pl.when(group == tile.groups)
     def _copy() -> None:
@@ -233,8 +236,8 @@ def _kernel(build: _Build, rows: int, sums: Any, left: Any, right: Any, *refs: A
         def drain(i: Any, none: None) -> None:
             plgpu.barrier_wait(free.at[lax.rem(i, tile.stages)])
 
-        lax.fori_loop(0, build.steps, step, None)
-        lax.fori_loop(max(build.steps - tile.stages, 0), build.steps, drain, None)
+        lax.fori_loop(0, steps, step, None)
+        lax.fori_loop(unfreed, steps, drain, None)
 
     @pl.when(group < tile.groups)
     def _multiply() -> None:
@@ -258,10 +261,10 @@ def _kernel(build: _Build, rows: int, sums: Any, left: Any, right: Any, *refs: A
                 def _() -> None:
                     plgpu.barrier_arrive(free.at[lax.rem(i - 1, tile.stages)])
 
-            lax.fori_loop(0, build.steps, step, None)
+            lax.fori_loop(0, steps, step, None)
             y = acc[...]
             if left.dtype == right.dtype:
-                plgpu.barrier_arrive(free.at[(build.steps - 1) % tile.stages])
+                plgpu.barrier_arrive(free.at[_slot(steps - 1, tile)])
             return y
 
         y = pl.run_scoped(product, plgpu.ACC((tile.left, tile.right), sums))
@@ -273,6 +276,24 @@ def _kernel(build: _Build, rows: int, sums: Any, left: Any, right: Any, *refs: A
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(outs.at[group], target)
         plgpu.wait_smem_to_gmem(0)
+
+
+def _slot(step: Any, tile: Tile) -> Any:
+    return step % tile.stages if isinstance(step, int) else lax.rem(step, tile.stages)
+
+
+def _share(build: _Build) -> tuple[Any, Any, Any]:
+    """Returns the first step of this block's share, their number, and how many slots come back.
+
+    Shares differ by one step at most: no weight is padded to be a multiple of its shares.
+    """
+    splits, stages = build.tile.splits, build.tile.stages
+    if splits == 1:
+        return 0, build.steps, max(build.steps - stages, 0)
+    share = lax.axis_index("share")
+    first = lax.div(share * build.steps, splits)
+    steps = lax.div((share + 1) * build.steps, splits) - first
+    return first, steps, lax.max(steps - stages, 0)
 
 
 def _registers(tile: Tile, n: int) -> None:

@@ -20,7 +20,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
-from jaxserve.config import AlibiSpec, AttentionSpec, cache_spec  # noqa: E402
+from jaxserve.config import Activation, AlibiSpec, AttentionSpec, cache_spec  # noqa: E402
 from jaxserve.pallas_kernels.int8_matmul import Mode  # noqa: E402
 from jaxserve.pallas_kernels.int8_matmul import gpu as int8_matmul  # noqa: E402
 from jaxserve.pallas_kernels.paged_attention import gpu  # noqa: E402
@@ -52,23 +52,25 @@ def attention(
 
 
 def matmul(
-    shaped: Shaped, rows: int, inputs: int, channels: int, mode: Mode, weights: Any = jnp.int8
-) -> None:
+    shaped: Shaped, rows: int, inputs: int, channels: int, mode: Mode, weights: Any = jnp.int8,
+    *, rows_dtype: Any = jnp.bfloat16, dtype: str = "bfloat16",
+    activation: Activation | None = None,
+) -> None:  # fmt: skip
     def call(x: Any, w: Any, scales: Any) -> Any:
         return int8_matmul.int8_matmul(
-            x, w, scales, 1, "out_in", "bfloat16", mode=mode, interpret=False
+            x, w, scales, 1, "out_in", dtype, mode=mode, activation=activation, interpret=False
         )
 
     w, scales = shaped((channels, inputs), weights), shaped((channels,), jnp.float32)
-    jax.jit(call).lower(shaped((rows, inputs), jnp.bfloat16), w, scales).compile()
+    jax.jit(call).lower(shaped((rows, inputs), rows_dtype), w, scales).compile()
 
 
 def cases(shaped: Shaped, every: bool) -> dict[str, Callable[[], None]]:
     def paged(*args: Any, **kwargs: Any) -> Callable[[], None]:
         return lambda: attention(shaped, *args, **kwargs)
 
-    def product(*args: Any) -> Callable[[], None]:
-        return lambda: matmul(shaped, *args)
+    def product(*args: Any, **kwargs: Any) -> Callable[[], None]:
+        return lambda: matmul(shaped, *args, **kwargs)
 
     llama, fp8 = AttentionSpec(32, 8, 128), jnp.float8_e4m3fn
     few = {
@@ -81,6 +83,8 @@ def cases(shaped: Shaped, every: bool) -> dict[str, Callable[[], None]]:
         "w8a16, fp8, 16 rows": product(16, 14336, 4096, Mode.W8A16, fp8),
         "w8a8, 8192 rows": product(8192, 4096, 28672, Mode.W8A8),
         "w8a8, odd": product(3, 391, 205, Mode.W8A8),
+        "w8a16, float32 logits, 256 rows": product(256, 4096, 8192, Mode.W8A16, dtype="float32"),
+        "w8a8, gelu, 256 rows": product(256, 4096, 8192, Mode.W8A8, activation=Activation.GELU),
     }
     if not every:
         return few
@@ -94,6 +98,9 @@ def cases(shaped: Shaped, every: bool) -> dict[str, Callable[[], None]]:
         "64, int8": paged(AttentionSpec(32, 8, 64), "int8", page_size=128),
         "256": paged(AttentionSpec(16, 8, 256, window=300, soft_cap=50.0), sinks=4),
         "256, int8": paged(AttentionSpec(16, 8, 256), "int8"),
+        "w8a16, float32 rows": product(256, 4096, 6144, Mode.W8A16, rows_dtype=jnp.float32),
+        "w8a16, 11008 inputs, 32 rows": product(32, 11008, 4096, Mode.W8A16),
+        "w8a8, 11008 inputs, 32 rows": product(32, 11008, 4096, Mode.W8A8),
         "w8a16, 1024 rows": product(1024, 4096, 6144, Mode.W8A16),
         "w8a16, 64 rows": product(64, 4096, 6144, Mode.W8A16),
         "w8a8, 64 rows": product(64, 4096, 6144, Mode.W8A8),

@@ -1,6 +1,7 @@
 """The int8 and fp8 matmul of Hopper, interpreted with its races; faults are found."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, cast
 
 import jax
@@ -18,15 +19,15 @@ if jax.__version_info__ < FIRST:
     pytest.skip("this JAX has no Mosaic GPU that is interpreted", allow_module_level=True)
 
 from jaxserve.pallas_kernels.int8_matmul import gpu
-from jaxserve.pallas_kernels.int8_matmul.gpu_tiles import Tile, swapped, tile_for
+from jaxserve.pallas_kernels.int8_matmul.gpu_tiles import HALF, Tile, smem_bytes, swapped, tile_for
 
 SMALL = Tile(64, 8, stages=2, groups=1)
 # Rows, mode, rows' type, tile: three parts of a float32 row, shares of the contraction, the weight
-# on the right. Every side is odd and fills no block.
+# on the right. Every side is odd and fills no block; four steps make three shares.
 CASES = {
     "w8a16": (3, Mode.W8A16, "bfloat16", SMALL),
     "w8a16, float32": (2, Mode.W8A16, "float32", SMALL),
-    "w8a8, shares": (3, Mode.W8A8, "bfloat16", Tile(64, 8, stages=2, groups=2, splits=2)),
+    "w8a8, shares": (3, Mode.W8A8, "bfloat16", Tile(64, 8, stages=2, groups=2, splits=3)),
     "w8a8, many rows": (70, Mode.W8A8, "bfloat16", Tile(128, 64, stages=3, groups=1)),
 }
 
@@ -131,19 +132,76 @@ def test_a_slot_freed_early_is_a_race_on_gpu(broken: pytest.MonkeyPatch) -> None
         multiplied()
 
 
-def test_every_gpu_tile_fits_into_shared_memory() -> None:
-    for mode in Mode:
-        for rows in (1, 9, 17, 40, 65, 200, 8192):
-            for inputs, channels in ((4096, 4096), (4096, 28672), (14336, 4096), (100, 100)):
-                tile = tile_for(rows, inputs, channels, mode)
-                x = 2 if mode is Mode.W8A16 else 1
-                left, right = (1, x) if swapped(rows, mode) else (x, 1)
-                across = tile.left * tile.groups
-                step = tile.inputs * (across * left + tile.right * right)
-                whole = tile.splits == 1
-                assert tile.stages * step + across * tile.right * (2 if whole else 4) < SMEM_BYTES
-                assert tile.splits * tile.inputs <= max(inputs, 128)
-                assert "sm_90a" in tile.origin
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("result_bytes", [2, 4])
+def test_every_gpu_tile_fits_into_shared_memory(mode: Mode, result_bytes: int) -> None:
+    for rows in (1, 9, 17, 40, 65, 129, 200, 8192):
+        for inputs, channels in ((4096, 4096), (4096, 28672), (14336, 4096), (100, 100)):
+            tile = tile_for(rows, inputs, channels, mode, result_bytes)
+            x = 2 if mode is Mode.W8A16 else 1
+            left, right = (1, x) if swapped(rows, mode) else (x, 1)
+            across = tile.left * tile.groups
+            step = tile.inputs * (across * left + tile.right * right)
+            element = result_bytes if tile.splits == 1 else 4
+            held = tile.stages * step + across * tile.right * element
+            assert held < smem_bytes(tile, mode, result_bytes) <= SMEM_BYTES
+            # Two blocks of threads on a multiprocessor, but for 64 rows of wider numbers.
+            if rows <= (32 if mode is Mode.W8A16 else 64):
+                assert smem_bytes(tile, mode, result_bytes) <= HALF
+            assert tile.stages >= 2
+            assert tile.splits * tile.inputs <= max(inputs, 128)
+            assert "sm_90a" in tile.origin
+
+
+@pytest.mark.parametrize("inputs", [11008, 13696, 9728, 18944, 2304])
+def test_a_gpu_weight_of_whole_blocks_is_not_padded(inputs: int) -> None:
+    assert tile_for(1, inputs, 4096, Mode.W8A16, 2).splits > 1
+    assert not padded_weights(inputs)
+    assert padded_weights(4544)
+
+
+def padded_weights(inputs: int) -> list[Any]:
+    """Returns the operations on a whole weight of 4,096 channels that give a greater one."""
+    x = jax.ShapeDtypeStruct((1, inputs), jnp.bfloat16)
+    w = jax.ShapeDtypeStruct((4096, inputs), jnp.int8)
+
+    def call(x: Any, w: Any) -> Any:
+        ones = jnp.ones(4096)
+        return gpu.int8_matmul(x, w, ones, 1, "out_in", "bfloat16", interpret=False)
+
+    program = jax.make_jaxpr(call)(x, w).jaxpr
+    inner = [e.params["jaxpr"] for e in program.eqns if e.params.get("name") == "_multiply"]
+    assert len(inner) == 1
+    return [
+        eqn
+        for eqn in jax.tree.leaves([padding(inner[0])], is_leaf=lambda e: hasattr(e, "primitive"))
+        if eqn.outvars[0].aval.size > eqn.invars[0].aval.size == w.size
+    ]
+
+
+def padding(jaxpr: Any) -> list[Any]:
+    """Returns every `pad` of a program, those of its inner programs too."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pad":
+            found.append(eqn)
+        if eqn.params.get("name") == "_pad":
+            found += padding(eqn.params["jaxpr"])
+    return found
+
+
+def test_a_program_for_a_gpu_carries_no_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, scales, _ = operands(3, "bfloat16")
+
+    def effects() -> Any:
+        def call(x: Any, w: Any) -> Any:  # anew, as traces are kept by function
+            return gpu.int8_matmul(x, w, scales, 1, "out_in", "bfloat16")
+
+        return jax.make_jaxpr(call)(x, w).effects
+
+    assert effects()  # the interpreter's, which is traced beside
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not effects()
 
 
 def test_a_jax_without_the_kernels_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,3 +210,16 @@ def test_a_jax_without_the_kernels_is_refused_by_name(monkeypatch: pytest.Monkey
     with pytest.raises(UnsupportedError, match=r"backend='gpu' needs jax >= 0\.11\.2"):
         resolve("int8_matmul", "gpu")
     assert hopper.ROWS == 64
+
+
+@pytest.mark.parametrize("capability", ["8.0", "10.0"])
+def test_a_gpu_that_is_no_hopper_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, capability: str
+) -> None:
+    device = SimpleNamespace(device_kind="NVIDIA A100", compute_capability="9.0")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert resolve("int8_matmul", "gpu") is gpu.int8_matmul
+    device.compute_capability = capability
+    with pytest.raises(UnsupportedError, match=rf"9\.0.* NVIDIA A100 has {capability}; use"):
+        resolve("int8_matmul", "gpu")
