@@ -160,7 +160,13 @@ GATEWAY = fields(
     {
         "gatewayClassName": WORD,
         "listeners": many(
-            fields({"name": WORD, "port": PORT, "protocol": one_of("HTTP", "HTTPS", "TCP", "TLS")})
+            fields(
+                {"name": WORD, "port": PORT, "protocol": one_of("HTTP", "HTTPS", "TCP", "TLS")},
+                tls=fields(
+                    {"certificateRefs": many(fields({"name": WORD}))},
+                    mode=one_of("Terminate", "Passthrough"),
+                ),
+            )
         ),
     }
 )

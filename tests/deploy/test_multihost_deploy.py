@@ -45,18 +45,21 @@ def built(folder: Path) -> list[dict[str, Any]]:
             if (d["kind"], d["metadata"]["name"]) == (target["kind"], target["name"])
         ]
         for change in yaml.safe_load(patch["patch"]):
-            assert change["op"] == "replace"
-            replace(document, change["path"], change["value"])
+            applied(document, **change)
     return found
 
 
-def replace(document: Any, path: str, value: Any) -> None:
+def applied(document: Any, op: str, path: str, value: Any = None) -> None:
+    """Changes a document as a JSON patch does."""
     *way, last = [part.replace("~1", "/") for part in path.split("/")[1:]]
     for part in way:
         document = document[_key(document, part)]
     key = _key(document, last)
-    document[key]  # what is replaced exists
-    document[key] = value
+    assert op in ("add", "replace", "remove")
+    if op != "add":
+        document.pop(key) if op == "remove" else document[key]  # what is changed exists
+    if op != "remove":
+        document[key] = value
 
 
 def _key(document: Any, part: str) -> Any:
@@ -162,6 +165,35 @@ def test_requests_go_to_rank_0_alone(documents: list[dict[str, Any]]) -> None:
     assert service["spec"]["selector"] == pool["spec"]["selector"]["matchLabels"] == wanted
     budget = one(documents, "PodDisruptionBudget")
     assert budget["spec"]["selector"]["matchLabels"] == template["metadata"]["labels"]
+
+
+def test_no_service_has_the_name_that_a_set_needs(documents: list[dict[str, Any]]) -> None:
+    """The controllers make a headless service of the set's name, unless there is one."""
+    (own,) = [
+        d["metadata"]["name"] for d in documents if d["kind"] in ("LeaderWorkerSet", "JobSet")
+    ]
+    assert one(documents, "Service")["metadata"]["name"] != own
+
+
+def test_one_host_at_a_time_may_go(documents: list[dict[str, Any]]) -> None:
+    hosts, _ = pod(documents)
+    spec = one(documents, "PodDisruptionBudget")["spec"]
+    if any(d["kind"] == "JobSet" for d in documents):  # whose pods have no scale
+        assert spec["minAvailable"] == hosts - 1 and "maxUnavailable" not in spec
+    else:
+        assert spec["maxUnavailable"] == 1
+
+
+def test_each_kind_of_route_has_a_listener_with_tls(documents: list[dict[str, Any]]) -> None:
+    listeners = {one["name"]: one for one in one(documents, "Gateway")["spec"]["listeners"]}
+    taken = [
+        parent["sectionName"]
+        for kind in ("HTTPRoute", "GRPCRoute")
+        for parent in one(documents, kind)["spec"]["parentRefs"]
+    ]
+    assert sorted(taken) == sorted(listeners)
+    for listener in listeners.values():
+        assert listener["protocol"] == "HTTPS" and listener["tls"]["certificateRefs"]
 
 
 def test_routes_lead_to_what_is_there(documents: list[dict[str, Any]]) -> None:
