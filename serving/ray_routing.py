@@ -44,11 +44,17 @@ class Standing(NamedTuple):
 
 
 def parts_of(prompt: str | Sequence[int]) -> list[bytes]:
-    """Returns digests of a prompt's beginnings, each a part longer than the one before."""
+    """Returns digests of a prompt's beginnings, each a part longer than the one before.
+
+    What is no prompt has none.
+    """
     if isinstance(prompt, str):
-        data = prompt[: PART_BYTES * MOST_PARTS].encode()
+        data = prompt[: PART_BYTES * MOST_PARTS].encode(errors="surrogatepass")
     else:
-        data = array("i", prompt[: PART_BYTES // 4 * MOST_PARTS]).tobytes()
+        try:
+            data = array("i", prompt[: PART_BYTES // 4 * MOST_PARTS]).tobytes()
+        except (TypeError, OverflowError):  # no token ids: the replica says so
+            return []
     last = b""
     found: list[bytes] = []
     whole = min(len(data) // PART_BYTES, MOST_PARTS)

@@ -1,5 +1,7 @@
 """Where prompts go among replicas; nothing of it needs Ray."""
 
+from typing import Any
+
 import pytest
 
 from jaxserve.serving.ray_routing import (
@@ -28,6 +30,15 @@ def test_prompts_that_begin_alike_go_to_one_replica_and_others_elsewhere() -> No
         longer = parts_of(f"{index} is the number of this conversation. " * 8)
         assert ranked(known.held(longer), IDLE, longer)[0] == homes[-1]
     assert all(homes.count(name) > 20 for name in NAMES)
+
+
+@pytest.mark.parametrize("prompt", [["a", "b"], [1.5], [1 << 40], [-(1 << 40)], [None]])
+def test_what_is_no_prompt_has_no_beginning(prompt: list[Any]) -> None:
+    assert parts_of(prompt) == []
+
+
+def test_text_that_is_no_unicode_is_routed_as_any() -> None:
+    assert len(parts_of("\ud800" * 100)) > 0
 
 
 def test_the_longest_beginning_wins_over_free_pages() -> None:
