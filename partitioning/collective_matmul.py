@@ -35,6 +35,9 @@ def all_gather_matmul(
     if ring is Ring.PLAIN:
         return _product(lax.all_gather(x, axis, axis=1, tiled=True), w).astype(x.dtype)
 
+    if w.shape[0] != (count := lax.axis_size(axis)) * x.shape[1]:
+        raise ValueError(f"{w.shape[0]} inputs are not {x.shape[1]} on each of {axis}={count}")
+
     def terms(piece: Array, first: Array) -> Array:
         return _product(piece, lax.dynamic_slice_in_dim(w, first, piece.shape[1], 0))
 
@@ -96,6 +99,8 @@ def matmul_reduce_scatter(
         y = _product(x, w).astype(x.dtype)
         return lax.psum_scatter(y, axis, scatter_dimension=1, tiled=True)
     way = _Way(axis, order)
+    if w.shape[1] % way.count:
+        raise ValueError(f"{w.shape[1]} outputs do not divide over {axis}={way.count}")
     size = w.shape[1] // way.count
 
     def product(hops: int, first: int = 0, width: int = size) -> Array:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar
@@ -31,7 +32,7 @@ Name = TypeVar("Name", bound=StrEnum)
 
 
 class Dtypes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Element types; all three are the same as yet."""
+    """Element types that are computed with; that weights or cache are rounded is said beside."""
 
     weights: str
     activations: str
@@ -129,7 +130,15 @@ def read_layout(path: str | Path) -> Layout:
                 f"{path} has schema version {found}, and this build reads {VERSION}; make the "
                 "layout again"
             )
-        return msgspec.json.decode(data, type=Layout)
+        layout = msgspec.json.decode(data, type=Layout)
+        for name, kind in (("mesh", MeshPlan), ("prefill", PhaseLayout), ("decode", PhaseLayout)):
+            known = [one.name for one in fields(kind)]
+            if unknown := sorted(raw[name].keys() - set(known)):
+                raise CheckpointError(
+                    f"{path} is no layout: {name} has {unknown[0]!r}, and not one of "
+                    f"{', '.join(known)}"
+                )
+        return layout
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -7,6 +7,7 @@ No JAX.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,7 +54,7 @@ class MeshPlan:
             return mesh
         parts = mesh.split(",") if isinstance(mesh, str) else list(mesh)
         try:
-            sizes = [int(part) for part in parts]
+            sizes = [int(part) if isinstance(part, str) else operator.index(part) for part in parts]
         except (TypeError, ValueError):
             sizes = []
         if len(sizes) != len(AXES):

@@ -121,6 +121,12 @@ def test_a_file_stands_alone(tmp_path: Path) -> None:
         ({"mesh": {"x": 0}}, UsageError, "positive"),
         ({"mesh": {"x": 2, "expert": 2}}, UnsupportedError, "expert=2"),
         ({"model": None}, CheckpointError, "model"),
+        ({"mesh": {"x": 2, "w": 2}}, CheckpointError, "mesh has 'w'"),
+        (
+            {"decode": {"ffn": "ws2d", "heads": "heads", "overlapp": "one-way"}},
+            CheckpointError,
+            "decode has 'overlapp'",
+        ),
     ],
 )
 def test_a_file_that_says_something_else_is_refused(tmp_path, change, error, message) -> None:
