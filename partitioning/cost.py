@@ -28,6 +28,7 @@ from jaxserve.config import (
     MlpSpec,
     ModelConfig,
     NormKind,
+    NormPlace,
     NormSpec,
     dtype_bytes,
 )
@@ -387,7 +388,7 @@ def _side_by_side(layer: LayerSpec, embed: int, meter: _Meter) -> Iterator[Colle
 
 def _attention(layer: LayerSpec, embed: int, meter: _Meter) -> Iterator[Collective]:
     yield from meter.move(embed, Stage.RESIDUAL, Stage.INPUT)
-    yield from meter.norm(layer.norm, Stage.INPUT)
+    yield from _normed(layer, NormPlace.INPUT, Stage.INPUT, meter)
     yield from _attention_weights(layer, embed, meter)
     yield from meter.distribute(_attention_parts(layer.attention))
     yield from _attended(layer.attention, meter)
@@ -396,7 +397,7 @@ def _attention(layer: LayerSpec, embed: int, meter: _Meter) -> Iterator[Collecti
 
 def _mlp(layer: LayerSpec, embed: int, meter: _Meter) -> Iterator[Collective]:
     yield from meter.move(embed, Stage.RESIDUAL, Stage.INPUT)
-    yield from meter.norm(layer.norm, Stage.INPUT)
+    yield from _normed(layer, NormPlace.INPUT, Stage.INPUT, meter)
     yield from _routed(layer, embed, meter)
     yield from _mlp_weights(layer, embed, meter)
     yield from meter.distribute(_mlp_parts(layer))
@@ -408,6 +409,15 @@ def _added(layer: LayerSpec, embed: int, meter: _Meter) -> Iterator[Collective]:
     yield from meter.move(embed, Stage.PRODUCED, Stage.RESIDUAL)
     if layer.post_norms:
         yield from meter.norm(layer.norm, Stage.RESIDUAL)
+    yield from _normed(layer, NormPlace.SUM, Stage.RESIDUAL, meter)
+
+
+def _normed(
+    layer: LayerSpec, place: NormPlace, stage: Stage, meter: _Meter
+) -> Iterator[Collective]:
+    """Yields the statistics of the norm of a part, if it stands here."""
+    if layer.norm_place is place:
+        yield from meter.norm(layer.norm, stage)
 
 
 def _start(config: ModelConfig, meter: _Meter) -> Iterator[Collective]:

@@ -19,6 +19,7 @@ from jaxserve.config import (
     MlpSpec,
     ModelConfig,
     NormKind,
+    NormPlace,
     NormSpec,
     Quantization,
     RopeSpec,
@@ -89,6 +90,15 @@ def test_compiled_communication_is_as_predicted(config, ffn, heads, length, on):
     assert report.copies == ()
     # Small arrays are padded to the tiles in which they lie.
     assert report.planned_bytes <= report.argument_bytes < report.planned_bytes + 16_384
+
+
+@pytest.mark.parametrize(
+    "changed", [{"norm_place": NormPlace.SUM}, {"post_norms": True}], ids=["sum", "post"]
+)
+def test_norms_at_other_places_send_what_is_derived(changed):
+    layers = tuple(replace(one, **changed) for one in SERIAL.layers)
+    job = Job(replace(SERIAL, layers=layers), PhaseLayout(Ffn.WS2D, Heads.BATCH), 64, 128)
+    assert differences(check(job, SLICES["v5e:2x4"])) == {}
 
 
 @pytest.mark.parametrize("ring", [ring for ring in Ring if ring is not Ring.PLAIN])
