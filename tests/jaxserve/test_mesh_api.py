@@ -50,7 +50,7 @@ def wanted() -> list[tuple[int, ...]]:
 @pytest.mark.parametrize(
     ("mesh", "names"),
     [
-        ((2, 2, 2), {"layout": "ws2d"}),
+        pytest.param((2, 2, 2), {"layout": "ws2d"}, marks=pytest.mark.slow),
         ((3, 2, 1), {"layout": "ws2d", "prefill_layout": "wg-xyz", "attention": "batch"}),
     ],
 )

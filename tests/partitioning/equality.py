@@ -217,6 +217,10 @@ class Weights:
 
     family: str
 
+    @property
+    def parallel(self) -> int:
+        return 1
+
     def shape(self, name: str) -> tuple[int, ...] | None:
         return _weights(self.family)[name].shape
 

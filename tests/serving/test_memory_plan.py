@@ -22,7 +22,7 @@ def live_bytes() -> int:
     return sum(array.nbytes for array in jax.live_arrays())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_what_is_planned_is_what_is_taken(dtype: str, program: Program, params: Params) -> None:
     before = live_bytes()
     wide = program.model.config

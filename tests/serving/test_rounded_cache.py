@@ -108,6 +108,7 @@ def test_beams_copy_scales_with_their_pages(kv_dtype: KvDtype) -> None:
     assert len({tokens for tokens, _ in found[0]}) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_dtype", DTYPES[:1])
 def test_the_functional_core_draws_the_engines_tokens(kv_dtype: KvDtype) -> None:
     stored = Declare.best("cpu", "float32")

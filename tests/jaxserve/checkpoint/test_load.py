@@ -203,6 +203,8 @@ def test_donating_parameters_leaves_others_alone(llama):
 class Counting:
     """A reader that counts the elements it hands out."""
 
+    parallel = 1
+
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
         self.shape, self.where = reader.shape, reader.where

@@ -26,6 +26,8 @@ PLAN = MeshPlan(1, 3, 2)
 class Counting:
     """A reader that remembers how many elements were read."""
 
+    parallel = 1
+
     def __init__(self, reader) -> None:
         self._reader = reader
         self.read_elements = 0
