@@ -56,3 +56,16 @@ def _let_go(most: int) -> None:
     maps = Path("/proc/self/maps")
     if "jax" in sys.modules and maps.exists() and maps.read_text().count("\n") > most:
         sys.modules["jax"].clear_caches()
+
+
+@pytest.fixture(scope="module")
+def compile_fast() -> Iterator[None]:
+    """Compiles with few optimisations: for tests of what is computed, not of its bits or its speed.
+
+    They spend most of their time on compiling, and a third of it goes to optimising.
+    """
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -17,6 +17,8 @@ from jaxserve.partitioning.padding import Padding
 
 from .equality import FAMILIES, MESHES, PAIRS, Case, error, on_mesh, one_device, serves
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 LIMIT = 1e-5
 """Of the largest logit, in float32."""
 
@@ -131,6 +133,7 @@ def test_every_pair_of_layouts_gives_the_logits_of_one_device(family, mesh, head
 SIXTEEN = """
 import json
 from tests.partitioning.equality import Case, Ffn, Heads, error
+
 cases = [
     Case("llama", (2, 2, 4), Ffn.WG_XY, Ffn.WS2D, Heads.HEADS),
     Case("palm", (4, 2, 2), Ffn.WG_XYZ, Ffn.WS2D, Heads.BATCH),

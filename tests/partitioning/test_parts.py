@@ -15,6 +15,8 @@ from jaxserve.partitioning.padding import Padding
 
 from .equality import MESHES, PAIRS, PARTS, Case, error, serves
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 LIMIT = 1e-5
 """Of the largest logit, in float32."""
 

@@ -17,6 +17,8 @@ from jaxserve.pallas_kernels.paged_attention.places import Extra, row_of_tokens
 
 from .random_pages import SMALL, Case, arrays, both, filled
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 MIXED = [(0, 9), (140, 1), (7, 0), (130, 5), (0, 1), (3, 40)]
 """Whole prompts, decode rows, a row without tokens, chunks across blocks of keys and queries."""
 
