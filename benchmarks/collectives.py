@@ -87,14 +87,23 @@ def named(sums: dict[Any, int]) -> dict[str, int]:
     }
 
 
+def sent_by(row: Row) -> list[Any]:
+    """Returns the collectives that are derived for a row."""
+    from jaxserve.partitioning.cost import padded, step_collectives
+
+    job, on = job_of(row)
+    config = padded(job.config, job.padding(on.sizes))
+    return step_collectives(config, job.phase, on.sizes, job.step)
+
+
 def predicted(row: Row) -> dict[str, Any]:
     """Returns what is known of a row before it is compiled."""
-    from jaxserve.partitioning.cost import Where, padded, step_collectives, totals
+    from jaxserve.partitioning.cost import Where, padded, totals
     from jaxserve.planner.lower import argument_bytes
 
     job, on = job_of(row)
     config = padded(job.config, job.padding(on.sizes))
-    sent = step_collectives(config, job.phase, on.sizes, job.step)
+    sent = sent_by(row)
     wire = {
         where: sum(one.wire_bytes(on.sizes) for one in sent if one.where is where)
         for where in (Where.LAYER, Where.ENDS)
@@ -178,6 +187,9 @@ def compiled(group: list[Row]) -> Iterator[dict[str, Any]]:
         child.stdin.write("".join(json.dumps(asdict(row)) + "\n" for row in group))
         child.stdin.close()
         yield from map(json.loads, child.stdout)
+    if child.returncode:
+        names = " ".join(asdict(group[0]).values())
+        sys.exit(f"the child that compiled the group of {names} ended with {child.returncode}")
 
 
 def key(row: dict[str, Any]) -> tuple[str, ...]:
@@ -240,6 +252,8 @@ def tables(found: list[dict[str, Any]]) -> Iterator[str]:
     """
     cells: dict[tuple[str, ...], dict[str, list[dict[str, Any]]]] = {}
     for row in found:
+        if "error" in row:
+            continue
         mesh = "x".join(map(str, row["mesh"].values()))
         line = row["phase"], mesh, row["model"], row["ffn"]
         cells.setdefault(line, {}).setdefault(row["heads"], []).append(row)
