@@ -138,14 +138,14 @@ class _Places:
 
 @dataclass
 class Ticket:
-    """A step under way; the runner alone writes `busy_s`, when it was last seen unfinished."""
+    """A step under way; the runner alone writes `busy_s`, when it last was not done."""
 
     output: StepOutput
     plan: StepPlan
     needs: Needs
     following: list[list[int]]
-    places: _Places | None = None
-    busy_s: float = 0.0
+    places: _Places | None
+    busy_s: float
 
     def look(self) -> bool:
         """Returns whether the step is finished, and notes the time if it is not."""
@@ -266,10 +266,12 @@ class ModelRunner:
         shape, packed, places = self._packed(plan, wanted, last)
         by = self.processor
         step = self._executable(shape if by is None else Processed(shape, by))
+        # A step that is done when it is first looked at was not done before it began.
+        began_s = time.perf_counter()
         output, *after = step(self.params, *self._arrays, packed)
         self._arrays = after[0], after[1]
         output.tokens.copy_to_host_async()
-        self._newest = Ticket(output, plan, wanted, following, places)
+        self._newest = Ticket(output, plan, wanted, following, places, began_s)
         self._newest.look()
         return self._newest
 

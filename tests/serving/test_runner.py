@@ -17,6 +17,7 @@ from jaxserve.serving.build import ModelEngine
 from jaxserve.serving.generation import Program
 from jaxserve.serving.options import EngineOptions
 from jaxserve.serving.request import Request, SamplingParams, TokenEvent
+from jaxserve.serving.runner import Ticket
 
 from .conftest import VOCAB
 
@@ -137,6 +138,17 @@ def test_a_host_that_is_slower_than_the_device_shows_as_a_gap(
     # Three of four steps come after a pause that one step's work cannot fill.
     found = [gap(lambda event: time.sleep(pause_s)) for _ in range(3)]
     assert pause_s / 2 < found[-1] < 10 * pause_s
+
+
+def test_a_step_that_is_done_at_the_first_look_was_not_done_before_it_began(
+    program: Program, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Ticket, "look", lambda self: True)
+    made = ModelEngine.create(program, params, OPTIONS)
+    answers(made, plain_request(max_tokens=4))
+    # A clock's whole time, which is that since the machine started, would show.
+    assert made.engine.metrics.host_gap_seconds.count > 0
+    assert made.engine.metrics.host_gap_seconds.p99 < 60
 
 
 def test_a_late_compilation_is_counted_or_refused(program: Program, params: Params) -> None:
