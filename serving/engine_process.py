@@ -242,14 +242,20 @@ class EngineProcess:
                 age_s += BEAT_S
             else:
                 age_s, number = 0.0, watch.number
+            if made.ranks is not None and age_s > self._limit_s(made):
+                made.ranks.stalled(age_s)  # before the server ends this process, and names nobody
             self._send_beat(age_s, measured=count % MEASURED_BEATS == 0)
 
     def _send_beat(self, age_s: float, measured: bool) -> None:
         if self._made is None:
             return
-        watch = self._made.engine.watch
-        limit_s = max(LEAST_STALL_S, STALL_FACTOR * watch.slowest_s())
+        limit_s = self._limit_s(self._made)
         self._tell(Beat(age_s, limit_s, self._measured() if measured else None))
+
+    @staticmethod
+    def _limit_s(made: Made) -> float:
+        """Returns how long a turn may take."""
+        return max(LEAST_STALL_S, STALL_FACTOR * made.engine.watch.slowest_s())
 
     def _measured(self) -> MetricsSnapshot:
         assert self._made is not None

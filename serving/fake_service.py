@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from jaxserve.tokenizer import Tokenizer
 END_ID = 256
 VOCAB_SIZE = 257
 CONTEXT = 512
+FOREVER_S = 1e8
 COMMAND = (sys.executable, "-m", "jaxserve.serving.fake_service")
 _IDENTITY = {"jaxserve": "1", "jax": "1", "python": "3", "layout": "ab", "model": "cd"}
 CHAT_TEMPLATE = (
@@ -98,19 +100,22 @@ class TrickRunner(FakeRunner):
     """A `FakeRunner` that a prompt can hang or kill.
 
     Attributes:
-        hang_id, die_id: a prompt with this token makes the step last forever, or ends the process.
+        hang_id, wait_id, die_id: a prompt with this token is never given to the device, makes the
+            step last forever there, or ends the process.
     """
 
     hang_id: int | None = None
+    wait_id: int | None = None
     die_id: int | None = None
 
     def dispatch(self, plan: StepPlan) -> Any:
         """Returns a ticket, or does not."""
         if self.hang_id in plan.tokens:
-            time.sleep(1e6)
+            time.sleep(FOREVER_S)
         if self.die_id in plan.tokens:
             os._exit(3)
-        return super().dispatch(plan)
+        ticket = super().dispatch(plan)
+        return replace(ticket, ready_s=FOREVER_S) if self.wait_id in plan.tokens else ticket
 
 
 def fake_engine(step_s: float = 0.0, **fields: Any) -> Engine:
@@ -122,6 +127,7 @@ def fake_engine(step_s: float = 0.0, **fields: Any) -> Engine:
 def fake_runner(
     step_s: float = 0.0,
     hang_id: int | None = None,
+    wait_id: int | None = None,
     die_id: int | None = None,
     vocab_size: int = VOCAB_SIZE,
     **changes: Any,
@@ -130,7 +136,7 @@ def fake_runner(
 
     Args:
         step_s: seconds of a step.
-        hang_id, die_id: see `TrickRunner`.
+        hang_id, wait_id, die_id: see `TrickRunner`.
         vocab_size: of its arithmetic.
         changes: fields of `SchedulerConfig`.
     """
@@ -143,7 +149,7 @@ def fake_runner(
     }
     config = SchedulerConfig(**(fields | changes))
     runner = TrickRunner(config, vocab_size, step_s)
-    runner.hang_id, runner.die_id = hang_id, die_id
+    runner.hang_id, runner.wait_id, runner.die_id = hang_id, wait_id, die_id
     return runner, config
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from jaxserve.serving.engine import Engine
+from jaxserve.serving.multihost.leader import Leader
 from jaxserve.serving.multihost.ranks import Ranks
 from jaxserve.serving.wire import Start
 
@@ -24,7 +25,7 @@ class Made(NamedTuple):
     info: dict[str, Any]
     late_compiles: Callable[[], int] = lambda: 0
     trace: Callable[[float], str] | None = None
-    ranks: Ranks | None = None
+    ranks: Leader | None = None
 
 
 class Follows(NamedTuple):

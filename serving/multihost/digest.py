@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Sequence
 
 DIGEST_BYTES = 8
+EPOCH_BITS = 40
 
 
 class TokenDigest:
@@ -16,11 +17,15 @@ class TokenDigest:
         self.epoch = epoch
         self._value = b""
 
+    def place(self, number: int) -> int:
+        """Returns the number of a plan over all epochs."""
+        return self.epoch << EPOCH_BITS | number
+
     def add(self, number: int, tokens: Sequence[int]) -> tuple[int, bytes]:
         """Returns (number of the plan over all epochs, the hash with its tokens)."""
         data = array.array("q", (number, *tokens)).tobytes()
         self._value = hashlib.blake2b(self._value + data, digest_size=DIGEST_BYTES).digest()
-        return self.epoch << 40 | number, self._value
+        return self.place(number), self._value
 
     def next(self) -> TokenDigest:
         """Returns that of the next epoch."""

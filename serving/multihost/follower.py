@@ -84,6 +84,7 @@ class Follower:
         self._silent_s = 0.0
         self._turn, self._busy = 0, False
         self._pulse = Pulse()
+        self._newest = 0
 
     @classmethod
     def join(
@@ -152,10 +153,12 @@ class Follower:
                 if plan is None:
                     tickets.clear()
                     digest, self._pulse = digest.next(), Pulse()
+                    self._newest = digest.place(0)
                     runner.reset()
                     continue
                 with self._at_work():
                     tickets.append((plan.number, runner.dispatch(plan)))
+                self._newest = digest.place(plan.number)
                 while len(tickets) > max_in_flight:
                     collect()
         except Exception as error:
@@ -278,7 +281,7 @@ class Follower:
             time.sleep(TICK_S)
             turn_s = age.tick(self._turn if self._busy else None)
             done = self._pulse
-            self._send(Pulse(done.number, done.digest, turn_s))
+            self._send(Pulse(done.number, done.digest, turn_s, self._newest))
             self._silent_s += TICK_S
             group = self._group
             patience_s = group.silence_s if self._serving else group.starting_silence_s

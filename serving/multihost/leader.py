@@ -17,13 +17,14 @@ import secrets
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 from jaxserve.errors import ConfigError, JaxserveError, UnavailableError
 from jaxserve.serving.multihost import messages
-from jaxserve.serving.multihost.digest import TokenDigest
+from jaxserve.serving.multihost.digest import EPOCH_BITS, TokenDigest
 from jaxserve.serving.multihost.group import Group, named
 from jaxserve.serving.multihost.messages import (
     PROTOCOL,
@@ -45,6 +46,7 @@ from jaxserve.serving.multihost.messages import (
     receive,
 )
 from jaxserve.serving.multihost.plans import PlanWriter
+from jaxserve.serving.multihost.progress import At, who_holds
 from jaxserve.serving.multihost.ranks import GREETING_S, TICK_S, end_process
 from jaxserve.serving.outlet import Outlet
 from jaxserve.serving.plan import StepPlan
@@ -68,6 +70,7 @@ class _Link:
     outlet: Outlet
     address: str
     silent_s: float = 0.0
+    pulse: Pulse = field(default_factory=Pulse)
     points: dict[str, int] = field(default_factory=dict[str, int])
     closed: bool = False
 
@@ -93,6 +96,8 @@ class Leader:
         self._refused_s = 0.0
         self._turned_away: set[int] = set()
         self._digests: dict[int, bytes] = {}
+        self._at = At(0, 0)
+        self._open: deque[int] = deque()
         self._plans = PlanWriter(b"")
 
     @classmethod
@@ -131,12 +136,35 @@ class Leader:
 
     def reset(self) -> None:
         """Has all ranks forget pages and slots."""
+        self._open.clear()
         self._send_all(packed(self._plans.reset(0)))
 
-    def note(self, number: int, digest: bytes) -> None:
-        """Remembers the tokens of a plan, for comparison."""
+    def note_open(self, number: int) -> None:
+        """Remembers a plan that the ranks were sent."""
+        self._open.append(number)
+
+    def note_begun(self, number: int) -> None:
+        """Remembers the newest plan that the device of rank 0 was given."""
+        self._at = self._at._replace(begun=number)
+
+    def note_done(self, number: int, digest: bytes) -> None:
+        """Remembers the tokens of the oldest open plan, for comparison."""
+        self._open.popleft()
+        self._at = self._at._replace(done=number)
         self._digests[number] = digest
         self._digests.pop(number - KEPT_DIGESTS, None)
+
+    def stalled(self, seconds: float) -> None:
+        """Ends the group whose step does not end, and names who holds it up."""
+        plan = next(iter(self._open), None)
+        if plan is None:
+            self.lose(f"rank 0 has been busy between two plans for {seconds:.0f} s")
+            return
+        ranks = {0: self._at}
+        for rank, link in sorted(self._links.items()):
+            ranks[rank] = At(link.pulse.begun, link.pulse.number, link.silent_s)
+        number = plan & (1 << EPOCH_BITS) - 1
+        self.lose(f"plan {number} has taken more than {seconds:.0f} s: {who_holds(plan, ranks)}")
 
     def agree(self, point: str, value: int = 0) -> int:
         """Returns the least of the numbers that all ranks bring to a point, where they meet."""
@@ -332,6 +360,7 @@ class Leader:
         link.silent_s = 0.0
         match message:
             case Pulse(number, digest, turn_s):
+                link.pulse = message
                 if turn_s > self._group.stall_s:
                     self.lose(f"rank {link.rank} has been at one step for {turn_s:.0f} s")
                 if self._digests.get(number, digest) != digest:
@@ -376,11 +405,14 @@ class LeadingRunner:
 
     def dispatch(self, plan: StepPlan) -> Any:
         """Returns a ticket, once the plan is on its way to the others and to the device."""
+        self._leader.note_open(self._digest.place(plan.number))
         self._leader.broadcast(plan)
         try:
-            return plan.number, self._runner.dispatch(plan)
+            ticket = plan.number, self._runner.dispatch(plan)
         except Exception as error:
             raise self._lost(error) from error
+        self._leader.note_begun(self._digest.place(plan.number))
+        return ticket
 
     def collect(self, ticket: Any) -> StepResult:
         """Returns the results, once they are there."""
@@ -389,7 +421,7 @@ class LeadingRunner:
             result = self._runner.collect(own)
         except Exception as error:
             raise self._lost(error) from error
-        self._leader.note(*self._digest.add(number, result.tokens))
+        self._leader.note_done(*self._digest.add(number, result.tokens))
         return result
 
     def reset(self) -> None:

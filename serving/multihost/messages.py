@@ -18,7 +18,7 @@ import msgspec
 
 from jaxserve.errors import UnavailableError
 
-PROTOCOL = 1
+PROTOCOL = 2
 PROOF_BYTES = 32
 MAX_GREETING_BYTES = 1 << 14
 MAX_MESSAGE_BYTES = 1 << 28
@@ -116,11 +116,13 @@ class Pulse(msgspec.Struct, frozen=True, tag=True):
         number: newest plan whose tokens are known here.
         digest: over the tokens of all plans up to it.
         turn_s: how long the rank has been at the same step.
+        begun: newest plan that the rank's device was given.
     """
 
     number: int = 0
     digest: bytes = b""
     turn_s: float = 0.0
+    begun: int = 0
 
 
 class Reached(msgspec.Struct, frozen=True, tag=True):

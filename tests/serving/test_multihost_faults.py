@@ -292,6 +292,50 @@ def test_a_stopped_rank_0_is_noticed_by_the_others() -> None:
         run(ready_again(ranks.http))
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_a_rank_that_holds_up_a_step_of_all_is_named(size: int) -> None:
+    changes = {rank: {"wait_id": 200} for rank in range(size - 1)} | {size - 1: {"hang_id": 200}}
+    with group(size, changes) as ranks:
+        ranks.wait_ready()
+        status, _, body = run(complete(ranks.http, 8, prompt=[200]))
+        assert status == 503
+        assert "plan " in body and f"5 s: rank {size - 1} has not begun it" in body
+        assert all(rank.said(f"rank {size - 1} has not begun it") for rank in ranks.ranks[:-1])
+        run(ready_again(ranks.http))
+
+
+@pytest.mark.slow
+def test_a_step_that_hangs_on_all_ranks_blames_none_of_them() -> None:
+    with group(4, {rank: {"wait_id": 200} for rank in range(4)}) as ranks:
+        ranks.wait_ready()
+        status, _, body = run(complete(ranks.http, 8, prompt=[200]))
+        assert status == 503
+        assert "all ranks wait in it" in body
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_rank_that_is_stopped_in_a_step_of_all_is_named(size: int) -> None:
+    async def work(ranks: Ranks) -> None:
+        port, last = ranks.http, ranks.ranks[-1]
+        task = asyncio.create_task(complete(port, 8, prompt=[200]))
+        await running_is(port, 1)
+        last.process.send_signal(signal.SIGSTOP)  # who would end it
+        stopped = last.engine_pid
+        os.kill(stopped, signal.SIGSTOP)
+        status, _, body = await task
+        assert status == 503
+        assert f"5 s: rank {size - 1} has given no sign of life for" in body
+        last.process.send_signal(signal.SIGCONT)
+        await ready_again(port)
+        assert last.engine_pid != stopped
+
+    changes = {rank: {"wait_id": 200, "silence_s": 30.0} for rank in range(size)}
+    with group(size, changes) as ranks:
+        ranks.wait_ready()
+        run(work(ranks))
+
+
 @pytest.mark.slow
 def test_a_rank_that_hangs_in_a_step_is_named() -> None:
     changes = {1: {"hang_id": 200}, 0: {"stall_s": 1.0}}
