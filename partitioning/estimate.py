@@ -240,12 +240,14 @@ class Coster:
         yield from self._collectives(tokens, batch)
         yield from self._ends(batch)
         layers = self.share.config.num_layers
-        own = self.on.chip.values.get("layer_s")
-        each, origin = (
-            (self.efficiency.layer_s, Origin.FITTED) if own is None else (own.number, own.origin)
-        )
+        each, origin = self._own("layer_s", self.efficiency.layer_s, Origin.FITTED)
         yield Term("layers", Part.FIXED, layers, "layers", layers * each, origin)
-        yield Term("host", Part.HOST, 1, "steps", HOST_S, Origin.ASSUMED)
+        yield Term("host", Part.HOST, 1, "steps", *self._own("host_s", HOST_S, Origin.ASSUMED))
+
+    def _own(self, name: str, seconds: float, origin: Origin) -> tuple[float, Origin]:
+        """Returns a time that was measured on the chip, or one for all chips."""
+        own = self.on.chip.values.get(name)
+        return (seconds, origin) if own is None else (own.number, own.origin)
 
     def _product(self, op: Product, tokens: Any) -> Iterator[Term]:
         rows = -(-tokens // op.cut) * op.taken

@@ -285,7 +285,7 @@ def parse_chips(text: str, origin: str) -> dict[str, Chip]:
 _FACTS = {"device_kind": str, "network": str, "host_chips": int, "max_chips": int, "tile": int}
 _NEEDED = ("bfloat16", "hbm_bytes", "hbm", "hop_s")
 _LINKS = ("link", "links", "inside", "dcn", "pcie")
-_VALUES = (*_NEEDED, "int8", "fp8", "fp4", *_LINKS, "layer_s", "usd_hour")
+_VALUES = (*_NEEDED, "int8", "fp8", "fp4", *_LINKS, "layer_s", "host_s", "usd_hour")
 _CURVES = ("hbm", "matmul")
 _MAY_BE_ZERO = ("hop_s", "layer_s", "usd_hour")
 _COUNTS = ("host_chips", "max_chips", "tile")

@@ -1,44 +1,64 @@
 """Holds a layout's estimates against this machine: `jaxserve bench --against layout.json`.
 
-The machine is calibrated first; then every product and every collective of a decode step runs alone
-at the size that a device has, and at last the model itself decodes. What a term is estimated to
-take stands beside what it took.
+The machine is calibrated first; then every term of a decode and of a prefill step runs alone at the
+size that a device has (`terms`), and at last the engine serves. What a term is estimated to take
+stands beside what it took. What cannot be measured by itself is named with the reason.
 """
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 from rich.table import Table
 
+from jaxserve.benchmark.terms import Line, Load, Terms
+from jaxserve.config import dtype_bytes
 from jaxserve.errors import UsageError
-from jaxserve.partitioning.estimate import Coster, Part
-from jaxserve.partitioning.hardware import parse_chips, slice_of
+from jaxserve.partitioning.dtypes import stored
+from jaxserve.partitioning.estimate import Coster
+from jaxserve.partitioning.hardware import ChipSlice, parse_chips, slice_of
 from jaxserve.partitioning.layout_file import Layout, read_layout
-from jaxserve.partitioning.placement import Kind
+from jaxserve.partitioning.memory import Kept
 from jaxserve.planner.calibrate import Calibration, calibrated
+from jaxserve.planner.show import ms
+
+if TYPE_CHECKING:
+    from jaxserve.api import LLM
 
 POINT_S = 0.05
 """Seconds that a point of the calibration, or a term, may take."""
 
 BATCH, PROMPT, DECODED = 8, 64, 32
-"""Sequences, their tokens, and those that are decoded after them."""
+"""Most sequences, their tokens, and those that are decoded after them."""
+
+SAMPLED = {"temperature": 1.0, "top_p": 0.9, "ignore_eos": True}
+"""How tokens are drawn: with the sampler's whole work, as it is estimated."""
 
 
 @dataclass(frozen=True)
-class Line:
-    """A term, estimated and measured in seconds; a product, a collective or the step."""
+class Rounding:
+    """How a model is rounded, which a layout does not say; see `api.load`."""
 
-    name: str
-    kind: str
-    estimated_s: float
-    measured_s: float
+    quantize: str | None = None
+    kv_dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the engine took in seconds.
+
+    Attributes:
+        prefill_s: to read all prompts; in pieces, where a step takes no more.
+        decode_s, gap_s: a decode step, and until the next one is there.
+    """
+
+    prefill_s: float
+    decode_s: float
+    gap_s: float
 
 
 @dataclass(frozen=True)
@@ -48,14 +68,16 @@ class Against:
     Attributes:
         model, layout, device: what ran where.
         num_layers: of the model.
+        batch: sequences.
         calibration: what the estimates are made of.
-        lines: terms of a decode step, then the whole of it.
+        lines: terms of a decode step, then the whole of it; then those of a prefill step.
     """
 
     model: str
     layout: str
     device: str
     num_layers: int
+    batch: int
     calibration: Calibration
     lines: tuple[Line, ...]
 
@@ -66,30 +88,40 @@ class Against:
             "layout": self.layout,
             "device": self.device,
             "num_layers": self.num_layers,
+            "batch": self.batch,
             "calibration": self.calibration.fields(),
             "terms": [vars(line) for line in self.lines],
         }
 
     def __rich__(self) -> RenderableType:
-        table = Table(title=f"{self.model}, {self.layout}, on {self.device}: a decode step")
-        for name in ("term", "estimated ms", "measured ms", "measured / estimated"):
+        title = f"{self.model}, {self.layout}, on {self.device}: {self.batch} sequences"
+        table = Table(title=title, caption="estimates, by the rates that were measured here")
+        for name in ("term", "estimated", "measured", "measured / estimated"):
             table.add_column(name, justify="left" if name == "term" else "right")
-        for line in self.lines:
-            ratio = line.measured_s / line.estimated_s if line.estimated_s else math.nan
-            table.add_row(
-                line.name,
-                f"{line.estimated_s * 1e3:.3f}",
-                f"{line.measured_s * 1e3:.3f}",
-                f"{ratio:.2f}",
-            )
+        for phase, before in (
+            ("decode", f"after {PROMPT + DECODED // 2}"),
+            ("prefill", f"of {PROMPT}"),
+        ):
+            table.add_section()
+            table.add_row(f"[b]{phase} {before} tokens[/b]")
+            for line in (line for line in self.lines if line.phase == phase):
+                table.add_row(f"  {line.name}", ms(line.estimated_s), *_measured(line))
         return table
 
 
-def against(model: str, path: Path) -> Against:
-    """Returns the decode step of a layout beside what this machine takes.
+def _measured(line: Line) -> tuple[str, str]:
+    """Returns what was measured and its ratio to the estimate, or why there is none."""
+    if line.measured_s is None:
+        return "-", line.note
+    ratio = f"{line.measured_s / line.estimated_s:.2f}" if line.estimated_s else ""
+    return ms(line.measured_s), ratio
+
+
+def against(model: str, path: Path, rounding: Rounding | None = None) -> Against:
+    """Returns the steps of a layout beside what this machine takes.
 
     Raises:
-        UsageError: there are too few devices, or the layout is another model's.
+        UsageError: there are too few or too many devices, or the layout is another model's.
     """
     layout = read_layout(path)
     _take_devices(layout.mesh.num_devices)
@@ -99,19 +131,19 @@ def against(model: str, path: Path) -> Against:
     layout.check(config)
     import jax
 
+    _check_devices(path, layout)
+    llm = _loaded(model, layout, rounding or Rounding())
     made = calibrated("here", POINT_S)
-    if made.num_devices != layout.mesh.num_devices:
-        raise UsageError(
-            f"{path} is for {layout.mesh.num_devices} devices and there are {made.num_devices}; "
-            "hide the others, as with JAX_NUM_CPU_DEVICES or CUDA_VISIBLE_DEVICES"
-        )
     on = slice_of(f"here:{made.num_devices}", parse_chips(made.text(), "calibration"))
-    coster = Coster.of(config, layout.decode, on, dict(layout.mesh.sizes), other=layout.prefill)
-    found = coster.estimate(BATCH, 1, PROMPT + DECODED // 2)
-    lines = [*_products(coster), *_collectives(coster, layout)]
-    lines.append(Line("the whole step", "step", float(found.time_s), _step_s(model, layout)))
+    batch = BATCH if layout.buckets is None else min(BATCH, layout.buckets.max_sequences)
+    took = served(llm, batch)
+    lines = [
+        line
+        for load in (Load(batch, 1, PROMPT + DECODED // 2), Load(batch, PROMPT, 0))
+        for line in _phase(llm, layout, on, load, took)
+    ]
     device = jax.devices()[0].device_kind
-    return Against(model, str(layout), device, config.num_layers, made, tuple(lines))
+    return Against(model, str(layout), device, config.num_layers, batch, made, tuple(lines))
 
 
 def _take_devices(count: int) -> None:
@@ -124,94 +156,90 @@ def _take_devices(count: int) -> None:
         use_devices(f"cpu:{count}")
 
 
-def _products(coster: Coster) -> list[Line]:
+def _check_devices(path: Path, layout: Layout) -> None:
     import jax
-    import jax.numpy as jnp
 
-    tokens = coster.share.tokens(BATCH, 1)
-    product, lines = jax.jit(jnp.dot), []
-    terms = coster.estimate(BATCH, 1, PROMPT).terms
-    for op in coster.share.products:
-        rows = -(-tokens // op.cut)
-        x = jnp.ones((rows, op.inner), jnp.bfloat16)
-        weight = jnp.ones((op.inner, op.outer), jnp.bfloat16)
-        took = op.turns * _best(lambda x=x, weight=weight: product(x, weight))
-        parts = (Part.COMPUTE, Part.WEIGHTS, Part.ACTIVATIONS)
-        expected = sum(float(t.seconds) for t in terms if t.name == op.name and t.part in parts)
-        lines.append(Line(op.name, "product", expected, took))
-    return lines
+    if (count := len(jax.devices())) != layout.mesh.num_devices:
+        raise UsageError(
+            f"{path} is for {layout.mesh.num_devices} devices and there are {count}; "
+            "hide the others, as with JAX_NUM_CPU_DEVICES or CUDA_VISIBLE_DEVICES"
+        )
 
 
-def _collectives(coster: Coster, layout: Layout) -> list[Line]:
-    from jaxserve.partitioning.mesh import make_mesh
-
-    mesh, lines = make_mesh(layout.mesh), []
-    tokens = coster.share.tokens(BATCH, 1)
-    for flow in coster.traffic.flows:
-        full = (flow.per_token * tokens + flow.per_row * BATCH + 2 * flow.weights) / flow.count
-        per_byte, hops_s = coster.network.rates(flow.kind, flow.axes)
-        took = flow.count * _best(_collective(flow.kind, flow.axes, int(full), mesh))
-        expected = flow.count * (full * per_byte + hops_s)
-        name = f"{flow.count} x {flow.kind} over {' '.join(flow.axes)}"
-        lines.append(Line(name, "collective", expected, took))
-    return lines
-
-
-def _collective(kind: str, axes: tuple[str, ...], full: int, mesh: Any) -> Callable[[], Any]:
-    """Returns a function that runs one collective of a tensor of `full` bytes."""
-    import jax
-    import jax.numpy as jnp
-    from jax import lax
-    from jax.sharding import PartitionSpec
-
-    count = math.prod(mesh.shape[axis] for axis in axes)
-    size = max(full // 4 // count, 1) * count
-    local = size // count if kind == Kind.ALL_GATHER else size
-    hops = count - 1
-    if kind == Kind.PERMUTE:
-        local = max(full // 4 // hops, 1)
-
-    def body(x: Any) -> Any:
-        match kind:
-            case Kind.ALL_GATHER:
-                return lax.all_gather(x, axes, tiled=True)
-            case Kind.REDUCE_SCATTER:
-                return lax.psum_scatter(x, axes, tiled=True)
-            case Kind.ALL_TO_ALL:
-                return lax.all_to_all(x, axes, 0, 0, tiled=True)
-            case Kind.PERMUTE:
-                pairs = [(place, (place + 1) % count) for place in range(count)]
-                for _ in range(hops):
-                    x = lax.ppermute(x, axes, pairs)
-                return x
-        return lax.psum(x, axes)
-
-    spec = PartitionSpec(tuple(mesh.shape))
-    run = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
-    x = jnp.ones(local * mesh.size, jnp.float32)
-    return lambda: run(x)
-
-
-def _best(run: Callable[[], Any]) -> float:
-    from jaxserve.planner.calibrate import best_time
-
-    return best_time(run, POINT_S)
-
-
-def _step_s(model: str, layout: Layout) -> float:
-    """Returns the seconds of a decode step: those of many tokens, less those of one."""
+def _loaded(model: str, layout: Layout, rounding: Rounding) -> LLM:
     from jaxserve.api import load
+    from jaxserve.serving.options import EngineOptions
 
-    llm = load(model, layout=layout, dtype=layout.dtypes.activations, show="silent")
-    prompts: Any = [[1 + i] * PROMPT for i in range(BATCH)]
+    return load(
+        model,
+        layout=layout,
+        dtype=layout.dtypes.activations,
+        quantize=rounding.quantize,
+        kv_dtype=rounding.kv_dtype,
+        # Every prompt is to be read.
+        engine=EngineOptions(prefix_cache=False),
+        show="silent",
+    )
 
-    def took(tokens: int) -> float:
-        llm.generate(prompts, max_tokens=tokens, ignore_eos=True, temperature=0)
-        times = []
-        for _ in range(3):
-            began = time.perf_counter()
-            llm.generate(prompts, max_tokens=tokens, ignore_eos=True, temperature=0)
-            times.append(time.perf_counter() - began)
-        return min(times)
 
-    return max(took(1 + DECODED) - took(1), 0.0) / DECODED
+def _phase(llm: LLM, layout: Layout, on: ChipSlice, load: Load, took: Served) -> Iterator[Line]:
+    """Yields the lines of a step."""
+    from jaxserve.serving.slot_state import param_row
+
+    decodes = load.phase == "decode"
+    declare = llm.program.model.declare
+    weights = "int8" if declare.quantize is not None else declare.dtype
+    kept = Kept(
+        stored(weights, "weights"), stored(declare.cache_dtype, "kv"), dtype_bytes(declare.dtype)
+    )
+    own, other = layout.prefill, layout.decode
+    if decodes:
+        own, other = other, own
+    coster = Coster.of(llm.config, own, on, dict(layout.mesh.sizes), kept, other=other)
+    request = llm.intake.request([1], sampling(1))
+    terms = Terms(llm.program.of(decodes), coster, load, param_row(request, 0), POINT_S)
+    yield from terms.lines()
+    host = sum(float(term.seconds) for term in terms.estimate.terms if term.name == "host")
+    yield Line("host, between two steps", "host", load.phase, host, *_gap(decodes, took))
+    step_s = took.decode_s + took.gap_s if decodes else took.prefill_s
+    whole = float(terms.estimate.time_s)
+    yield Line("the whole step", "step", load.phase, whole, step_s)
+
+
+def _gap(decodes: bool, took: Served) -> tuple[float | None, str]:
+    return (took.gap_s, "") if decodes else (None, "one step has none before it")
+
+
+def sampling(tokens: int) -> Any:
+    """Returns how so many tokens are drawn."""
+    from jaxserve.serving.request import SamplingParams
+
+    return SamplingParams(max_tokens=tokens, **SAMPLED)
+
+
+def served(llm: LLM, batch: int) -> Served:
+    """Returns what the engine's steps take: the best of three, compiled and warm."""
+    prompts: Any = [[1 + i] * PROMPT for i in range(batch)]
+
+    def took(tokens: int) -> tuple[float, float, int]:
+        """Returns seconds of the device, between steps, and steps."""
+        before = llm.engine.metrics
+        llm.generate(prompts, sampling(tokens))
+        after = llm.engine.metrics
+        device, gap = (
+            getattr(after, name).total - getattr(before, name).total
+            for name in ("device_seconds", "host_gap_seconds")
+        )
+        return device, gap, after.steps - before.steps
+
+    def best(tokens: int) -> tuple[float, float, int]:
+        took(tokens)
+        return min((took(tokens) for _ in range(3)), key=lambda one: one[0] + one[1])
+
+    first, later = best(1), best(1 + DECODED)
+    steps = max(later[2] - first[2], 1)
+    return Served(
+        first[0],
+        max(later[0] - first[0], 0.0) / steps,
+        max(later[1] - first[1], 0.0) / steps,
+    )

@@ -34,6 +34,8 @@ def _bench(
     model: Annotated[
         str, typer.Option("--model", "-m", help="of that layout: tiny, a directory or a name")
     ] = "tiny",
+    quantize: QuantizeOption = None,
+    kv_dtype: KvDtypeOption = None,
     json_output: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Measure the engine on this machine, or a server."""
@@ -45,13 +47,14 @@ def _bench(
         raise UsageError("give a command, or --against layout.json; see jaxserve bench --help")
     from rich.console import Console
 
+    from jaxserve.benchmark.against import Rounding
     from jaxserve.benchmark.against import against as hold
 
-    found = hold(model, against)
+    found = hold(model, against, Rounding(quantize, kv_dtype))
     if json_output:
         typer.echo(json.dumps(found.fields()))
     else:
-        Console(width=100, highlight=False).print(found)
+        Console(width=110, highlight=False).print(found)
 
 
 @app.command()

@@ -47,7 +47,8 @@ class Calibration:
         matmul: (rows, operations per second).
         gathered: (bytes of the full tensor, seconds), empty for one device.
         dtype: of the products.
-        layer_s: fixed seconds of a layer, None where no model was run.
+        layer_s, host_s: fixed seconds of a layer, and between two steps; None where no model was
+            run.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Calibration:
     gathered: tuple[tuple[int, float], ...]
     dtype: str
     layer_s: float | None = None
+    host_s: float | None = None
 
     @property
     def start_s(self) -> float:
@@ -97,8 +99,9 @@ class Calibration:
             f'hbm = [{read:.4g}, "measured", "{source}"]',
             f'hop_s = [{self.start_s:.4g}, "measured", "{source}"]',
         ]
-        if self.layer_s is not None:
-            lines.append(f'layer_s = [{self.layer_s:.4g}, "measured", "{source}"]')
+        for name in ("layer_s", "host_s"):
+            if (own := getattr(self, name)) is not None:
+                lines.append(f'{name} = [{own:.4g}, "measured", "{source}"]')
         if self.num_devices > 1:
             lines.append(f'link = [{self.link:.4g}, "measured", "{source}"]')
             lines.append(f'links = [1, "measured", "{source}"]')
@@ -132,6 +135,8 @@ class Calibration:
             table.add_row("all-gather", f"{size / 2**10:g} KiB", f"{seconds * 1e6:,.0f} us")
         if self.layer_s is not None:
             table.add_row("a layer, beside its terms", "", f"{self.layer_s * 1e6:,.0f} us")
+        if self.host_s is not None:
+            table.add_row("between two steps", "", f"{self.host_s * 1e6:,.0f} us")
         return table
 
 

@@ -5,9 +5,9 @@
     made.write(Path("hardware.toml"))
 
 A calibration measures products and collectives of round sizes alone. A comparison has measured
-those of a model, and its whole step: products and reads are scaled by how far theirs were from the
-estimate, collectives likewise, and what the step took beyond all of them is a fixed time of a
-layer.
+those of a model, and its whole steps: products and reads are scaled by how far theirs were from
+the estimate, collectives likewise, the time between two steps is taken over, and what a decode step
+took beyond all that is a fixed time of a layer. So the estimate of that step is what it took.
 """
 
 from __future__ import annotations
@@ -23,14 +23,20 @@ import msgspec
 from jaxserve.errors import UsageError
 from jaxserve.planner.calibrate import Calibration, check_name
 
-_KINDS = ("product", "collective", "step")
+_BESIDE = ("step", "layers", "host", "overlap")
+"""Lines that are no rate's work."""
 
 
 class _Term(msgspec.Struct):
     name: str
     kind: str
     estimated_s: float
-    measured_s: float
+    measured_s: float | None
+    phase: str = "decode"
+
+    @property
+    def taken_s(self) -> float:
+        return self.measured_s or 0.0
 
 
 class _Measured(msgspec.Struct):
@@ -69,18 +75,24 @@ def ingested(fields: Mapping[str, Any], name: str) -> Calibration:
             f"--from is no comparison: {error}; write one with jaxserve bench --against "
             "layout.json --json"
         ) from error
-    by_kind = {kind: [t for t in found.terms if t.kind == kind] for kind in _KINDS}
-    slower = {kind: _slower(terms) for kind, terms in by_kind.items()}
-    whole = sum(term.measured_s for term in by_kind["step"])
-    parts = sum(term.measured_s for kind in ("product", "collective") for term in by_kind[kind])
+    slower = {
+        collective: _slower(t for t in found.terms if t.kind == kind)
+        for collective, kind in ((False, "product"), (True, "collective"))
+    }
+    step = [term for term in found.terms if term.phase == "decode"]
+    whole, host = (sum(t.taken_s for t in step if t.kind == kind) for kind in ("step", "host"))
+    parts = sum(
+        t.estimated_s * slower[t.kind == "collective"] for t in step if t.kind not in _BESIDE
+    )
     made = found.calibration
     return replace(
         made,
         name=name,
-        read=tuple((size, rate / slower["product"]) for size, rate in made.read),
-        matmul=tuple((rows, rate / slower["product"]) for rows, rate in made.matmul),
-        gathered=tuple((size, took * slower["collective"]) for size, took in made.gathered),
-        layer_s=max(whole - parts, 0.0) / found.num_layers,
+        read=tuple((size, rate / slower[False]) for size, rate in made.read),
+        matmul=tuple((rows, rate / slower[False]) for rows, rate in made.matmul),
+        gathered=tuple((size, took * slower[True]) for size, took in made.gathered),
+        layer_s=max(whole - host - parts, 0.0) / found.num_layers,
+        host_s=host if any(term.kind == "host" for term in step) else None,
     )
 
 
@@ -88,5 +100,5 @@ def _slower(terms: Iterable[_Term]) -> float:
     """Returns how many times longer terms took than was estimated; 1 of none."""
     terms = list(terms)
     estimated = sum(term.estimated_s for term in terms)
-    measured = sum(term.measured_s for term in terms)
+    measured = sum(term.taken_s for term in terms)
     return measured / estimated if estimated and measured else 1.0

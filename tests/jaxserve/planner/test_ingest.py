@@ -30,6 +30,21 @@ def test_rates_are_scaled_by_what_was_measured():
     assert found.layer_s == pytest.approx(4e-3 / 4)
 
 
+def test_the_estimate_of_a_decode_step_becomes_what_it_took():
+    more = [
+        # Estimated by the rates of products, which were half as fast.
+        {"name": "attention", "kind": "attention", "estimated_s": 5e-4, "measured_s": 9e-3},
+        {"name": "layers", "kind": "layers", "estimated_s": 1e-3, "measured_s": None},
+        {"name": "host", "kind": "host", "estimated_s": 4e-5, "measured_s": 1e-3},
+    ]
+    prefill = {"name": "MLP in", "kind": "product", "estimated_s": 0.0, "measured_s": 0.0}
+    terms = [*fields()["terms"], *more, prefill | {"phase": "prefill"}]
+    found = ingested(fields(terms=terms), "mine")
+    assert found.host_s == 1e-3
+    assert found.layer_s == pytest.approx((9e-3 - 5e-3 - 1e-3 - 1e-3) / 4)
+    assert "host_s = [0.001, " in found.text()
+
+
 def test_terms_that_take_longer_alone_leave_nothing_for_the_layers():
     whole = {"name": "the whole step", "kind": "step", "estimated_s": 4e-3, "measured_s": 1e-3}
     assert ingested(fields(terms=[*fields()["terms"][:3], whole]), "mine").layer_s == 0
@@ -42,6 +57,15 @@ def test_estimates_take_the_layers_time_of_the_chip(tmp_path: Path):
     (layers,) = (term for term in found.estimate.terms if term.part == "fixed")
     assert float(layers.seconds) == pytest.approx(1e-3 * layers.amount)
     assert layers.origin == "measured"
+
+
+def test_the_time_between_steps_is_the_chips(tmp_path: Path):
+    path = tmp_path / "mine.toml"
+    host = {"name": "host", "kind": "host", "estimated_s": 4e-5, "measured_s": 2e-3}
+    ingested(fields(terms=[*fields()["terms"], host]), "mine").write(path)
+    found = planner.estimate("tiny", "mine:4", batch=8, context=128, hardware=path)
+    (term,) = (term for term in found.estimate.terms if term.part == "host")
+    assert (term.seconds, term.origin) == (2e-3, "measured")
 
 
 def test_what_is_no_comparison_is_refused(tmp_path: Path):
