@@ -41,6 +41,7 @@ class ServeJob:
         slo: limits of a good request.
         concurrency: most requests open at once; None sets no limit.
         context, vocab_size: bounds of the trace, instead of what the server tells.
+        prompt_tokens, output_tokens: lengths of every request; see `TraceSpec`.
     """
 
     rates: tuple[float | None, ...] = (None,)
@@ -53,6 +54,8 @@ class ServeJob:
     concurrency: int | None = None
     context: int | None = None
     vocab_size: int | None = None
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not self.rates:
@@ -69,15 +72,19 @@ class ServeJob:
 
     def specs(self, facts: TargetFacts) -> list[TraceSpec]:
         """Returns the trace of each rate."""
+        # A server that does not tell its context is taken to have room for what is asked.
+        longest = max(DEFAULT_CONTEXT, (self.prompt_tokens or 0) + (self.output_tokens or 0))
         return [
             TraceSpec(
                 requests=self._count(rate),
                 seed=self.seed,
                 vocab_size=self.vocab_size or facts.vocab_size or DEFAULT_VOCAB,
-                context=self.context or facts.context or DEFAULT_CONTEXT,
+                context=self.context or facts.context or longest,
                 rate=rate,
                 scale=self.scale,
                 variant=variant,
+                prompt_tokens=self.prompt_tokens,
+                output_tokens=self.output_tokens,
             )
             for variant, rate in enumerate(self.rates, self.variant)
         ]

@@ -55,6 +55,8 @@ def serve(
     concurrency: Annotated[int | None, typer.Option(help="most requests open at once")] = None,
     seed: SeedOption = None,
     scale: Annotated[float, typer.Option(help="factor on the mean lengths")] = 1.0,
+    isl: Annotated[int | None, typer.Option(help="tokens of every prompt, not drawn")] = None,
+    osl: Annotated[int | None, typer.Option(help="tokens of every answer, not drawn")] = None,
     api: Annotated[str, typer.Option(help="completions or chat")] = "completions",
     model: Annotated[str | None, typer.Option(help="by default the first that it lists")] = None,
     api_key_file: ApiKeyOption = None,
@@ -75,7 +77,7 @@ def serve(
     json_output: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress")] = False,
 ) -> None:
-    """Put a server under load: requests at random times, with ShareGPT-like lengths."""
+    """Put a server under load: requests at random times, with ShareGPT-like lengths or given ones."""
     from jaxserve.benchmark.metrics import Slo
     from jaxserve.benchmark.plot import check_installed
     from jaxserve.benchmark.serve import ServeJob
@@ -98,6 +100,8 @@ def serve(
         concurrency=concurrency,
         context=context,
         vocab_size=vocab_size,
+        prompt_tokens=isl,
+        output_tokens=osl,
     )
     server = Server(
         url=url,

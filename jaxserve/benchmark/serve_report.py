@@ -119,6 +119,8 @@ class ServeResult:
             "tokens_counted_by": self.facts.counted,
             "trace": {
                 "lengths": "log-normal, ShareGPT",
+                "prompt_tokens": first.spec.prompt_tokens,
+                "output_tokens": first.spec.output_tokens,
                 **{k: getattr(first.spec, k) for k in ("seed", "scale", "context", "vocab_size")},
                 "concurrency": self.concurrency,
             },

@@ -73,6 +73,7 @@ class TraceSpec:
             output to what is left.
         rate: mean arrivals per second of a Poisson process; None: all requests are there at once.
         scale: factor on both mean lengths.
+        prompt_tokens, output_tokens: lengths of every request, instead of drawn ones.
         variant: another one has other tokens, and nothing else differs; for a prefix cache that
             would know the prompts of an earlier run.
     """
@@ -84,6 +85,8 @@ class TraceSpec:
     rate: float | None = None
     scale: float = 1.0
     variant: int = 0
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
 
     def __post_init__(self) -> None:
         checks = (
@@ -113,6 +116,13 @@ class TraceSpec:
         for name, value, holds, allowed in checks:
             if not holds:
                 raise UsageError(f"{name}={value!r} is out of range; it must be {allowed}")
+        least = MIN_PROMPT_TOKENS if self.prompt_tokens is None else self.prompt_tokens
+        given = least, 1 if self.output_tokens is None else self.output_tokens
+        if min(given) < 1 or sum(given) > self.context:
+            raise UsageError(
+                f"prompt_tokens={self.prompt_tokens} and output_tokens={self.output_tokens} must "
+                f"be at least 1 and together at most context={self.context}"
+            )
 
 
 @dataclass(frozen=True)
@@ -131,8 +141,14 @@ def make_trace(spec: TraceSpec) -> list[TraceRequest]:
         tokens = np.random.default_rng([spec.seed, 1, spec.variant])
     drawn = SHAREGPT_PROMPT.draw(lengths, spec.requests, spec.scale)
     prompts = np.clip(np.rint(drawn), MIN_PROMPT_TOKENS, spec.context // 2).astype(int)
+    if spec.prompt_tokens is not None:
+        prompts[:] = spec.prompt_tokens
+    if spec.output_tokens is not None:
+        prompts = np.minimum(prompts, spec.context - spec.output_tokens)
     drawn = SHAREGPT_OUTPUT.draw(lengths, spec.requests, spec.scale)
     outputs = np.clip(np.rint(drawn), 1, spec.context - prompts).astype(int)
+    if spec.output_tokens is not None:
+        outputs[:] = spec.output_tokens
     due = np.zeros(spec.requests)
     if spec.rate is not None:
         due[1:] = np.cumsum(arrivals.exponential(1 / spec.rate, spec.requests - 1))

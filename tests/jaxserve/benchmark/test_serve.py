@@ -33,6 +33,14 @@ def test_times_are_those_of_the_server(fake_server):
     assert sum(gap > 0.005 for gap in gaps) > len(gaps) / 2
 
 
+def test_requests_ask_for_the_lengths_that_were_given(fake_server):
+    server = fake_server()
+    fields = run(server, prompt_tokens=30, output_tokens=3).fields()
+    asked = {(len(body["prompt"]), body["max_tokens"]) for body in server.bodies[1:]}
+    assert asked == {(30, 3)}
+    assert (fields["trace"]["prompt_tokens"], fields["trace"]["output_tokens"]) == (30, 3)
+
+
 def test_every_request_asks_for_its_own_numbers_of_tokens(fake_server):
     server = fake_server()
     result = run(server)

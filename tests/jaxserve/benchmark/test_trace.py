@@ -67,6 +67,16 @@ def test_arrivals_are_a_poisson_process():
     assert gaps.std() == pytest.approx(1 / 4, rel=0.05)  # as the mean: exponential
 
 
+def test_lengths_that_are_given_are_everybodys():
+    spec = dataclasses.replace(SPEC, prompt_tokens=300, output_tokens=20)
+    assert {(len(r.prompt), r.output_tokens) for r in make_trace(spec)} == {(300, 20)}
+    # The others, and all tokens and times, are still drawn.
+    spec = dataclasses.replace(SPEC, output_tokens=20)
+    found, drawn = make_trace(spec), make_trace(SPEC)
+    assert {r.output_tokens for r in found} == {20}
+    assert [(r.prompt, r.due_s) for r in found] == [(r.prompt, r.due_s) for r in drawn]
+
+
 def test_a_short_context_clips_prompt_and_output():
     trace = make_trace(dataclasses.replace(SPEC, requests=500, context=100))
     prompts = [len(request.prompt) for request in trace]
@@ -106,6 +116,8 @@ def test_ids_are_of_the_vocabulary_and_none_is_special():
         ({"scale": 0.0}, "scale=0.0 .* above 0"),
         ({"vocab_size": 3}, "vocab_size=3 .* >= 4"),
         ({"context": 7}, "context=7 .* >= 8"),
+        ({"prompt_tokens": 2000, "output_tokens": 49}, "together at most context=2048"),
+        ({"prompt_tokens": 0}, "prompt_tokens=0 .* at least 1"),
     ],
 )
 def test_what_makes_no_trace_is_refused(change, message):
