@@ -106,14 +106,20 @@ def search(
     save_dir: Annotated[
         Path | None, typer.Option(help="write report, layout, manifest and script here")
     ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="directory of the weights as pods see it; else /models/MODEL"),
+    ] = None,
     hardware_file: HardwareOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Find the best layouts of a model on a slice for a load."""
     from jaxserve import planner
     from jaxserve.planner.ask import check_expert
+    from jaxserve.planner.manifest import check_checkpoint
 
     check_expert(expert)
+    check_checkpoint(checkpoint)
     plan = planner.search(
         model,
         slice_name,
@@ -150,7 +156,7 @@ def search(
     if failed:
         raise JaxserveError(f"{model} on {slice_name}: {plan.found.why}")
     if save_dir is not None:
-        for path in plan.save(save_dir):
+        for path in plan.save(save_dir, checkpoint):
             typer.echo(f"wrote {path}", err=True)
         if verify:
             path = save_dir / "verified.json"

@@ -104,8 +104,11 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def write(self, path: str | Path) -> None:
         """Writes the layout as JSON."""
-        text = json.dumps(msgspec.to_builtins(self), indent=2)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        Path(path).write_text(self.text(), encoding="utf-8")
+
+    def text(self) -> str:
+        """Returns the layout as JSON."""
+        return json.dumps(msgspec.to_builtins(self), indent=2) + "\n"
 
     def __str__(self) -> str:
         phases = str(self.decode)

@@ -182,15 +182,19 @@ class Plan(_Shown):
         option = best.option
         if option.not_run():
             return None
-        step = max(best.chunk * best.group, 512)
         return Layout(
             model=model_digest(self.found.config),
             mesh=option.mesh,
             prefill=option.prefill,
             decode=option.decode,
             dtypes=Dtypes(_plain(option.kept.weights), "bfloat16", _plain(option.kept.kv)),
-            buckets=Buckets(best.batch, step),
+            buckets=Buckets(best.batch, self.step_tokens),
         )
+
+    @property
+    def step_tokens(self) -> int:
+        """Returns the most tokens of a server's step: prompts, or each sequence and one more."""
+        return max(self.best.chunk * self.best.group, 512, self.best.batch + 1)
 
     @property
     def quantize(self) -> Quantization | None:
@@ -259,16 +263,20 @@ class Plan(_Shown):
                 writer.writerow({k: "; ".join(v) if k == "not_run" else v for k, v in row.items()})
         return out.getvalue()
 
-    def save(self, folder: str | Path) -> list[Path]:
+    def save(self, folder: str | Path, checkpoint: str | None = None) -> list[Path]:
         """Writes everything into a folder, and returns the files.
 
         What serves the plan is left out where the runtime cannot run it: layout, manifest, script.
 
+        Args:
+            checkpoint: where servers find the weights; see `manifest.served_model`.
+
         Raises:
-            UsageError: there is no answer to save, or the folder cannot be written.
+            UsageError: there is no answer to save, the folder cannot be written, or the checkpoint
+                is no absolute path.
             UnsupportedError: matplotlib is missing.
         """
-        from jaxserve.planner.manifest import benchmark_script, manifest
+        from jaxserve.planner.manifest import benchmark_script, deployment
         from jaxserve.planner.report import check_installed, html, pictures
 
         check_installed()
@@ -277,20 +285,20 @@ class Plan(_Shown):
             "candidates.csv": self.csv(),
             "report.html": html(self),
         }
-        layout = self.layout
-        if layout is not None:
-            texts |= {"kubernetes.yaml": manifest(self), "benchmark.sh": benchmark_script(self)}
+        if (layout := self.layout) is not None:
+            texts |= deployment(self, checkpoint)
+            texts["benchmark.sh"] = benchmark_script(self, checkpoint)
+            texts["layout.json"] = layout.text()
+            if "kubernetes.yaml" not in texts:  # kustomize reads what lies in its folder
+                texts["pods/layout.json"] = layout.text()
         target = Path(folder)
         try:
-            target.mkdir(parents=True, exist_ok=True)
             for name, text in texts.items():
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
                 (target / name).write_text(text, encoding="utf-8")
         except OSError as error:
             raise UsageError(f"{target} cannot be written: {error}") from error
         files = [target / name for name in texts]
-        if layout is not None:
-            layout.write(target / "layout.json")
-            files.append(target / "layout.json")
         return [*files, *pictures(self, target)]
 
     def __rich__(self) -> RenderableType:

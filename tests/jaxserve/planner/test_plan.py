@@ -14,7 +14,7 @@ from jaxserve.errors import ConfigError, JaxserveError, UnsupportedError, UsageE
 from jaxserve.models.named import named_config
 from jaxserve.partitioning.layout_file import read_layout
 from jaxserve.planner.compare import compared, read
-from jaxserve.planner.manifest import benchmark_script, manifest
+from jaxserve.planner.manifest import benchmark_script, deployment
 from jaxserve.planner.model import plan_config
 
 PALM = [
@@ -163,17 +163,8 @@ def test_a_rounded_plan_is_served_with_its_options():
     assert small.best.option.not_run() == []
     assert small.layout is not None
     assert {small.layout.dtypes.weights, small.layout.dtypes.kv} == {"bfloat16"}
-    for text in manifest(small), benchmark_script(small):
+    for text in deployment(small)["kubernetes.yaml"], benchmark_script(small):
         assert "--quantize=int8" in text and "--kv-dtype=fp8" in text
-
-
-def test_a_manifest_asks_for_the_chips_of_one_copy(plan: planner.Plan):
-    text = manifest(plan)
-    option = plan.best.option
-    assert f"replicas: {option.replicas}\n" in text
-    assert f"google.com/tpu: {option.part.num_chips}" in text
-    shape = "x".join(map(str, option.part.shape))
-    assert f"gke-tpu-topology: {shape}" in text
 
 
 def test_answers_show_themselves(plan: planner.Plan):
