@@ -195,7 +195,7 @@ def _group(port: int, rank: int) -> Group:
 
 
 def _identity() -> Identity:
-    return Identity("1", "1", "3", "", "", PROCESSES)
+    return Identity("1", "1", "1", "1", "3", "", "", PROCESSES)
 
 
 def _free_port() -> int:

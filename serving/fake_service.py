@@ -49,7 +49,8 @@ VOCAB_SIZE = 257
 CONTEXT = 512
 FOREVER_S = 1e8
 COMMAND = (sys.executable, "-m", "jaxserve.serving.fake_service")
-_IDENTITY = {"jaxserve": "1", "jax": "1", "python": "3", "layout": "ab", "model": "cd"}
+_IDENTITY = dict.fromkeys(("jaxserve", "jax", "jaxlib", "libtpu", "python"), "1")
+_IDENTITY |= {"layout": "ab", "model": "cd"}
 CHAT_TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"

@@ -53,11 +53,20 @@ def _count(hosts: str) -> int:
 
 
 def first_node(nodes: str) -> str:
-    """Returns the first of Slurm's compressed list: node003 of node[003-007,012],other."""
-    found = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
-    if found is None:
-        raise ConfigError(f"SLURM_STEP_NODELIST={nodes!r} names no node")
-    return f"{found[1]}{found[2] or ''}{found[3] or ''}"
+    """Returns the first of Slurm's compressed list: r1n003 of r[1-2]n[003-007,012],other.
+
+    Raises:
+        ConfigError: it is no such list.
+    """
+    first = re.match(r"(?:[^,\[\]\s]|\[[^\[\]]*\])+", nodes)
+    name = re.sub(r"\[(\d+)[\d,-]*\]", r"\1", first[0]) if first else ""
+    # What follows is the next node, or nothing.
+    if first is None or "[" in name or nodes[first.end() : first.end() + 1] not in ("", ","):
+        raise ConfigError(
+            f"SLURM_STEP_NODELIST={nodes!r} is no list of nodes such as r[1-2]n[003-007],x; "
+            "say --coordinator HOST:PORT"
+        )
+    return name
 
 
 ENVIRONMENTS = {

@@ -32,6 +32,7 @@ from jaxserve.serving.multihost.messages import (
     Begin,
     Broke,
     Challenge,
+    Deadline,
     Goodbye,
     GroupLostError,
     Identity,
@@ -300,23 +301,25 @@ def _greeted(group: Group, identity: Identity) -> socket.socket:
         _AgainError: it is worth while to try again.
     """
     host, port = group.plans
+    until = Deadline(GREETING_S)
     try:
         sock = socket.create_connection((host, port), timeout=GREETING_S)
     except OSError as error:
         raise _AgainError(f"it cannot be reached ({error.strerror or error})") from error
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        challenge = receive(sock, TO_MEMBER, messages.MAX_GREETING_BYTES)
+        challenge = receive(sock, TO_MEMBER, messages.MAX_GREETING_BYTES, until)
         if not isinstance(challenge, Challenge):
             raise ValueError("rank 0 sent no challenge")
         answer = Answer(
             group.process_id, secrets.token_bytes(32), messages.encode_identity(identity), b""
         )
         proved = messages.answer_proof(group.secret, challenge.nonce, answer)
+        until.bind(sock)
         sock.sendall(
             packed(Answer(answer.rank, answer.nonce, answer.identity, proved, answer.protocol))
         )
-        reply = receive(sock, TO_MEMBER, messages.MAX_GREETING_BYTES)
+        reply = receive(sock, TO_MEMBER, messages.MAX_GREETING_BYTES, until)
         if isinstance(reply, Rejected):
             if reply.again:
                 raise _AgainError(reply.message)

@@ -5,8 +5,10 @@ identity = identity_of(start, files.info.path, num_processes=4)
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import platform
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ import msgspec
 
 import jaxserve
 from jaxserve.serving.multihost.messages import Identity
+from jaxserve.serving.options import EngineOptions
 
 if TYPE_CHECKING:
     from jaxserve.serving.wire import Start
@@ -27,12 +30,30 @@ SHOWN = 16
 _OWN = {"model": "", "log_json": True, "launched_s": 0.0, "devices": None, "group": None}
 """Fields of `Start` in which ranks may differ; of the model the files are compared."""
 
+_DEFAULTS = EngineOptions()
+_QUEUES = {
+    name: getattr(_DEFAULTS, name)
+    for name in (
+        "prefix_cache",
+        "policy",
+        "client_weights",
+        "max_prefill_tokens",
+        "max_queued_requests",
+        "max_queued_tokens",
+        "max_in_flight",
+        "strict",
+    )
+}
+"""Fields of `EngineOptions` that rank 0 alone acts by, or that no program depends on."""
+
 
 def identity_of(start: Start, checkpoint: Path, num_processes: int) -> Identity:
     """Returns what this rank has to have in common with the others."""
     return Identity(
         jaxserve.__version__,
         jax.__version__,
+        _version("jaxlib"),
+        _version("libtpu"),
         ".".join(platform.python_version_tuple()[:2]),
         layout_hash(start),
         model_hash(checkpoint),
@@ -40,9 +61,18 @@ def identity_of(start: Start, checkpoint: Path, num_processes: int) -> Identity:
     )
 
 
+def _version(package: str) -> str:
+    """Returns the version of an installed package, or "none"."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
 def layout_hash(start: Start) -> str:
     """Returns a hash of layout, sizes, dtype and kernels: all of a start that shapes a step."""
-    shared = msgspec.structs.replace(start, **_OWN)
+    options = dataclasses.replace(start.options, **_QUEUES)
+    shared = msgspec.structs.replace(start, **_OWN, options=options)
     return hashlib.sha256(msgspec.json.encode(shared, order="sorted")).hexdigest()[:SHOWN]
 
 

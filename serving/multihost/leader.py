@@ -11,6 +11,7 @@ wrong with one rank ends them all: a step needs every part of the model.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hmac
 import logging
 import secrets
@@ -33,6 +34,7 @@ from jaxserve.serving.multihost.messages import (
     Begin,
     Broke,
     Challenge,
+    Deadline,
     Goodbye,
     GroupLostError,
     Identity,
@@ -54,6 +56,7 @@ from jaxserve.serving.runner import Runner, StepResult
 
 REPORT_S = 5.0
 LEAVING_S = 5.0
+_STREAM = socket.SOCK_STREAM
 LAST_CALL_S = 5.0
 """So long after a rank was turned away the others may come to be told."""
 KEPT_DIGESTS = 4096
@@ -226,10 +229,12 @@ class Leader:
 
     def _listen(self) -> socket.socket:
         host, port = self._group.plans
-        # A name may be one that others know this machine by, of an address it does not have.
-        where = host if self._group.loopback else ""
         try:
-            return socket.create_server((where, port), backlog=self._group.num_processes)
+            if self._group.loopback:
+                family, _, _, _, (host, *_) = socket.getaddrinfo(host, port, type=_STREAM)[0]
+                return socket.create_server((host, port), family=family)
+            # A name may be one that others know this machine by, of an address it does not have.
+            return _server_of_any(port)
         except OSError as error:
             raise UnavailableError(
                 f"rank 0 cannot take plans' connections on port {port}: {error.strerror}; the "
@@ -279,11 +284,12 @@ class Leader:
     def _greet(self, sock: socket.socket, address: str) -> None:
         """Lets in who proves the secret and is what a rank must be."""
         try:
-            sock.settimeout(GREETING_S)
+            until = Deadline(GREETING_S)
+            until.bind(sock)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             challenge = Challenge(secrets.token_bytes(32))
             sock.sendall(packed(challenge))
-            answer = receive(sock, TO_LEADER, messages.MAX_GREETING_BYTES)
+            answer = receive(sock, TO_LEADER, messages.MAX_GREETING_BYTES, until)
             if not isinstance(answer, Answer):
                 raise ValueError("it did not answer the challenge")
             link = self._admit(sock, address, challenge, answer)
@@ -435,6 +441,17 @@ class LeadingRunner:
         _log.error("a step failed", exc_info=error)
         self._leader.lose(f"a step failed on rank 0 ({type(error).__name__})")
         return GroupLostError("a step failed on rank 0")
+
+
+def _server_of_any(port: int) -> socket.socket:
+    """Returns what takes connections on a port of every address, of IPv4 and IPv6."""
+    if socket.has_dualstack_ipv6():
+        try:
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+        except OSError as error:
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise
+    return socket.create_server(("", port))
 
 
 def _proved(group: Group, challenge: Challenge, answer: Answer) -> bool:

@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import socket
 import struct
+import time
 from typing import TypeVar
 
 import msgspec
@@ -36,7 +37,7 @@ class Identity(msgspec.Struct, frozen=True):
     """What all ranks must have in common.
 
     Attributes:
-        jaxserve, jax, python: versions.
+        jaxserve, jax, jaxlib, libtpu, python: versions; of libtpu "none" where it is absent.
         layout: hash of layout, sizes and kernels.
         model: hash of the checkpoint's files.
         num_processes: size of the group.
@@ -44,6 +45,8 @@ class Identity(msgspec.Struct, frozen=True):
 
     jaxserve: str
     jax: str
+    jaxlib: str
+    libtpu: str
     python: str
     layout: str
     model: str
@@ -61,6 +64,8 @@ class Identity(msgspec.Struct, frozen=True):
 _NOUNS = {
     "jaxserve": "version of jaxserve",
     "jax": "version of JAX",
+    "jaxlib": "version of jaxlib",
+    "libtpu": "version of libtpu",
     "python": "version of Python",
     "num_processes": "number of processes",
     "model": "model",
@@ -171,6 +176,25 @@ TO_LEADER: msgspec.msgpack.Decoder[ToLeader] = msgspec.msgpack.Decoder(ToLeader)
 IDENTITY: msgspec.msgpack.Decoder[Identity] = msgspec.msgpack.Decoder(Identity)
 
 
+class Deadline:
+    """When something has to be over, however many calls of a socket it takes."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._until = time.monotonic() + seconds
+
+    def bind(self, sock: socket.socket) -> None:
+        """Lets the next call of a socket take what is left.
+
+        Raises:
+            TimeoutError: nothing is left.
+        """
+        left_s = self._until - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError(f"it took more than {self._seconds:g} s")
+        sock.settimeout(left_s)
+
+
 def packed(message: ToMember | ToLeader) -> bytes:
     """Returns a message as it is sent."""
     body = _ENCODER.encode(message)
@@ -178,25 +202,33 @@ def packed(message: ToMember | ToLeader) -> bytes:
 
 
 def receive(
-    sock: socket.socket, decoder: msgspec.msgpack.Decoder[M], most: int = MAX_MESSAGE_BYTES
+    sock: socket.socket,
+    decoder: msgspec.msgpack.Decoder[M],
+    most: int = MAX_MESSAGE_BYTES,
+    until: Deadline | None = None,
 ) -> M:
     """Returns the next message, and reads nothing beyond it.
+
+    Args:
+        until: when all of it has to be there.
 
     Raises:
         EOFError: the other side has closed the connection.
         OSError: it broke, or took too long.
         ValueError: what came is no message.
     """
-    (length,) = _LENGTH.unpack(_exactly(sock, _LENGTH.size))
+    (length,) = _LENGTH.unpack(_exactly(sock, _LENGTH.size, until))
     if length > most:
         raise ValueError(f"a frame of {length:,} bytes; the limit is {most:,}")
-    return decoder.decode(_exactly(sock, length))  # its error is a ValueError
+    return decoder.decode(_exactly(sock, length, until))  # its error is a ValueError
 
 
-def _exactly(sock: socket.socket, size: int) -> bytearray:
+def _exactly(sock: socket.socket, size: int, until: Deadline | None) -> bytearray:
     data = bytearray(size)
     view, at = memoryview(data), 0
     while at < size:
+        if until is not None:
+            until.bind(sock)
         got = sock.recv_into(view[at:])
         if not got:
             raise EOFError("the connection is closed")
@@ -214,7 +246,7 @@ def proof(secret: bytes, role: str, *parts: bytes) -> bytes:
 
 def answer_proof(secret: bytes, challenge: bytes, answer: Answer) -> bytes:
     """Returns the proof that belongs to an answer."""
-    rank = answer.rank.to_bytes(4, "little", signed=True)
+    rank = str(answer.rank).encode()  # a stranger's may be of any size
     return proof(secret, "answer", challenge, answer.nonce, rank, answer.identity)
 
 

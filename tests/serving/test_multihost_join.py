@@ -1,10 +1,18 @@
 """How ranks find each other, agree and end, as threads; and where groups come from."""
 
+import contextlib
+import dataclasses
+import socket
 import threading
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
+import jax
+import jaxlib
+import msgspec
 import pytest
 
 from jaxserve.errors import ConfigError, JaxserveError, UnavailableError, UsageError
@@ -16,7 +24,7 @@ from jaxserve.serving.multihost import messages
 from jaxserve.serving.multihost.environment import Found, choose, find, first_node
 from jaxserve.serving.multihost.follower import Follower
 from jaxserve.serving.multihost.group import Group, named
-from jaxserve.serving.multihost.identity import layout_hash, model_hash
+from jaxserve.serving.multihost.identity import identity_of, layout_hash, model_hash
 from jaxserve.serving.multihost.leader import Leader, LeadingRunner
 from jaxserve.serving.multihost.messages import Identity
 from jaxserve.serving.options import EngineOptions
@@ -28,7 +36,7 @@ from jaxserve.serving.wire import Start
 from .test_multihost_faults import free_port
 
 SECRET = b"sixteen bytes or more"
-SAME = Identity("1", "1", "3", "ab", "cd", 3)
+SAME = Identity("1", "1", "1", "1", "3", "ab", "cd", 3)
 LIMITS = SchedulerConfig(
     page_size=8,
     groups=(GroupLimits(num_pages=64),),
@@ -149,12 +157,14 @@ def test_ranks_agree_on_the_least_and_run_the_same_plans() -> None:
     [
         ({"jaxserve": "0.0"}, r"another version of jaxserve \(0.0\) than rank 0 \(1\)"),
         ({"jax": "0.0"}, "another version of JAX"),
+        ({"jaxlib": "0.0"}, "another version of jaxlib"),
+        ({"libtpu": "none"}, r"another version of libtpu \(none\) than rank 0 \(1\)"),
         ({"python": "2"}, "another version of Python"),
         ({"model": "ef"}, r"another model \(ef\) than rank 0 \(cd\)"),
         ({"layout": "xy"}, "another layout or other sizes"),
         ({"num_processes": 4}, "another number of processes"),
     ],
-    ids=["jaxserve", "jax", "python", "model", "layout", "size"],
+    ids=["jaxserve", "jax", "jaxlib", "libtpu", "python", "model", "layout", "size"],
 )
 def test_a_rank_of_another_kind_is_named_to_all(changed: dict[str, Any], words: str) -> None:
     fields = {name: getattr(SAME, name) for name in SAME.__struct_fields__}
@@ -185,7 +195,7 @@ def test_a_rank_0_without_the_secret_is_not_followed(monkeypatch: pytest.MonkeyP
 def test_a_rank_that_comes_twice_waits_for_the_first_to_go() -> None:
     port = free_port()
     groups = [Group(f"127.0.0.1:{port}", 2, rank, SECRET, join_s=1.0) for rank in range(2)]
-    identity = Identity("1", "1", "3", "ab", "cd", 2)
+    identity = Identity("1", "1", "1", "1", "3", "ab", "cd", 2)
     leader = Thread(lambda: Leader.gather(groups[0], identity))
     first = Thread(lambda: Follower.join(groups[1], identity)).given()
     leader.given()
@@ -260,8 +270,21 @@ def test_a_tpu_vm_is_asked_for_its_group(hosts: str) -> None:
 
 
 def test_nodes_of_slurm() -> None:
-    for nodes, first in (("n1", "n1"), ("n[1-2]-x,m", "n1-x"), ("m,n[1]", "m")):
-        assert first_node(nodes) == first
+    lists = {
+        "n1": "n1",
+        "n[1-2]-x,m": "n1-x",
+        "m,n[1]": "m",
+        "a[1-2]b[3]": "a1b3",
+        "r[01-04,6]n[007,9-12]s,x": "r01n007s",
+        "[3-4]": "3",
+    }
+    assert {nodes: first_node(nodes) for nodes in lists} == lists
+
+
+@pytest.mark.parametrize("nodes", ["", ",a", "n[1-2", "n1]", "n[[1]]", "n[a-b]", "n[]", "n1 n2"])
+def test_what_is_no_list_of_nodes_is_refused(nodes: str) -> None:
+    with pytest.raises(ConfigError, match="is no list of nodes"):
+        first_node(nodes)
 
 
 def test_options_go_before_the_environment_and_belong_together() -> None:
@@ -303,11 +326,41 @@ def test_names_of_ranks() -> None:
     assert named([1, 3, 5]) == "ranks 1, 3 and 5"
 
 
+SHAPES = {"max_sequences": 3, "max_step_tokens": 99, "page_size": 32, "kv_bytes": 1 << 20}
+QUEUES = {
+    "prefix_cache": False,
+    "policy": "fair",
+    "client_weights": {"a": 2.0},
+    "max_prefill_tokens": 7,
+    "max_queued_requests": 3,
+    "max_queued_tokens": 3,
+    "max_in_flight": 1,
+    "strict": True,
+}
+
+
 def test_what_shapes_a_step_is_in_the_hash_and_nothing_else() -> None:
-    start = Start("tiny", options=EngineOptions())
-    assert layout_hash(start) == layout_hash(Start("other", launched_s=3.0, log_json=False))
-    assert layout_hash(start) != layout_hash(Start("tiny", dtype="float32"))
-    assert layout_hash(start) != layout_hash(Start("tiny", options=EngineOptions(page_size=32)))
+    first = layout_hash(Start("tiny", options=EngineOptions()))
+    assert layout_hash(Start("other", launched_s=3.0, log_json=False)) == first
+    assert layout_hash(Start("tiny", dtype="float32")) != first
+    options = {field.name for field in dataclasses.fields(EngineOptions)}
+    assert SHAPES.keys() | QUEUES.keys() == options, "a new option belongs to one of them"
+    assert layout_hash(Start("tiny", options=EngineOptions(**QUEUES))) == first
+    for name, value in SHAPES.items():
+        assert layout_hash(Start("tiny", options=EngineOptions(**{name: value}))) != first
+
+
+def test_versions_are_those_of_the_installed_packages(tmp_path: Any) -> None:
+    found = identity_of(Start("tiny"), tmp_path, 2)
+    assert (found.jax, found.jaxlib) == (jax.__version__, jaxlib.__version__)
+    assert found.libtpu == ("none" if find_spec("libtpu") is None else version("libtpu"))
+    with pytest.MonkeyPatch.context() as patch:
+
+        def absent(name: str) -> str:
+            raise PackageNotFoundError(name)
+
+        patch.setattr("importlib.metadata.version", absent)
+        assert identity_of(Start("tiny"), tmp_path, 2).libtpu == "none"
 
 
 def test_models_that_differ_have_other_hashes(tmp_path: Any) -> None:
@@ -323,9 +376,83 @@ def test_models_that_differ_have_other_hashes(tmp_path: Any) -> None:
     assert model_hash(tmp_path) != first
 
 
-def test_a_frame_that_is_too_long_is_refused() -> None:
-    import socket
+def answer(port: int, rank: int, secret: bytes) -> Any:
+    """Returns what rank 0 says to who answers its challenge."""
+    with socket.create_connection(("127.0.0.1", port + 1), timeout=10) as sock:
+        challenge = messages.receive(sock, messages.TO_MEMBER)
+        assert isinstance(challenge, messages.Challenge)
+        given = messages.Answer(rank, bytes(32), messages.encode_identity(SAME), b"")
+        proof = messages.answer_proof(secret, challenge.nonce, given)
+        sock.sendall(messages.packed(msgspec.structs.replace(given, proof=proof)))
+        return messages.receive(sock, messages.TO_MEMBER)
 
+
+@pytest.mark.parametrize("rank", [3, 2**31, 2**63, -1])
+@pytest.mark.parametrize("secret", [SECRET, b"quite another secret"])
+def test_a_rank_that_there_is_not_is_refused(rank: int, secret: bytes) -> None:
+    port = free_port()
+    group = Group(f"127.0.0.1:{port}", 3, 0, SECRET, join_s=1.0)
+    leader = Thread(lambda: Leader.gather(group, SAME))
+    wait(lambda: listens(port + 1))
+    told = answer(port, rank, secret)
+    why = "is none of 1 to 2" if secret == SECRET else "has another secret than rank 0"
+    assert told == messages.Rejected(f"rank {rank} {why}", again=False)
+    with pytest.raises(JaxserveError, match="did not come|is none of"):
+        leader.given()
+
+
+def listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="there is no IPv6 here")
+@pytest.mark.parametrize("host", ["[::1]", "localhost", "127.0.0.1"])
+def test_a_group_forms_over_either_family(host: str) -> None:
+    port = free_port()
+    groups = [Group(f"{host}:{port}", 2, rank, SECRET, join_s=5.0) for rank in range(2)]
+    same = msgspec.structs.replace(SAME, num_processes=2)
+    leader = Thread(lambda: Leader.gather(groups[0], same))
+    Follower.join(groups[1], same).leave()
+    leader.given()
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="there is no IPv6 here")
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_a_rank_0_with_a_name_is_reached_over_either_family(address: str) -> None:
+    port = free_port()
+    group = Group(f"some-name:{port}", 2, 0, SECRET, join_s=5.0)
+    listener = Leader(group, SAME)._listen()
+    with listener, socket.create_connection((address, port + 1), timeout=5):
+        listener.settimeout(5)
+        listener.accept()[0].close()
+
+
+def test_a_greeting_in_drops_ends_at_its_deadline() -> None:
+    ours, theirs = socket.socketpair()
+    until = messages.Deadline(0.3)
+    drops = iter(messages.packed(messages.Pulse(1, b"x" * 200)))
+
+    def drip() -> None:
+        with contextlib.suppress(OSError):
+            for drop in drops:
+                ours.sendall(bytes([drop]))
+                until_next.wait(0.02)
+
+    until_next = threading.Event()
+    with ours, theirs:
+        began = time.monotonic()
+        dripping = Thread(drip)
+        with pytest.raises(TimeoutError):
+            messages.receive(theirs, messages.TO_LEADER, until=until)
+        assert time.monotonic() - began < 2.0
+        until_next.set()
+    dripping.join(10)
+    assert next(drops, None) is not None, "it was cut short"
+
+
+def test_a_frame_that_is_too_long_is_refused() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.sendall((1 << 20).to_bytes(4, "little"))
