@@ -14,6 +14,7 @@ from jaxserve.checkpoint.info import CheckpointInfo, Format, inspect
 from jaxserve.checkpoint.orbax import OrbaxReader
 from jaxserve.checkpoint.place import place
 from jaxserve.checkpoint.quantize import QuantizingReader, quantized_names
+from jaxserve.checkpoint.remote import Remote
 from jaxserve.checkpoint.stored import Stored, stored_parameters
 from jaxserve.checkpoint.tensors import Reader
 from jaxserve.errors import UsageError
@@ -46,7 +47,8 @@ def load_params(
         progress: told the bytes placed; None is silent.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or not of this model.
+        CheckpointError: the checkpoint is damaged, or not of this model; or it lies in an object
+            store and was replaced meanwhile.
         UsageError: it is quantised, and the model is not.
     """
     info = checkpoint if isinstance(checkpoint, CheckpointInfo) else inspect(checkpoint)
@@ -69,6 +71,8 @@ def load_params(
             flat.append((stored.path, array))
             advance(stored.nbytes)
         jax.block_until_ready(flat[-1][1])
+    if (remote := Remote.of(info.path)) is not None:
+        remote.check()
     return tree_of(flat)
 
 

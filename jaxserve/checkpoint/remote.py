@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -31,6 +31,8 @@ from jaxserve.checkpoint.tensors import TensorInfo
 from jaxserve.errors import CheckpointError
 
 NAME = "remote.json"
+TIMES = ".times.json"
+"""When each file was written: of this store alone, so no part of what ranks compare."""
 HEADERS = "headers"
 GAP_BYTES = 1 << 20
 """Bytes between two that are wanted, up to which both come with one request."""
@@ -44,6 +46,8 @@ HEADER_BYTES = 1 << 16
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+]+://.+")
 _SMALL = (*COMPANIONS, "*.safetensors.index.json", "jaxserve.json", "adapter_config.json")
+_MARKS = ("etag", "ETag", "generation", "md5Hash")
+_TIMES = ("LastModified", "updated", "last_modified", "mtime", "created")
 _REMEDIES = {
     "gs": "pip install 'jaxserve[remote]', or gcsfs alone",
     "gcs": "pip install 'jaxserve[remote]', or gcsfs alone",
@@ -65,13 +69,9 @@ def mirror(address: str) -> Path:
         CheckpointError: there is no such folder, it cannot be read, or a package is missing.
     """
     files, root = _open(address)
-    with _told(address):
-        found = files.find(root, detail=True)
-    entries = {_below(root, name): entry for name, entry in found.items()}
-    sizes = {name: int(entry["size"] or 0) for name, entry in entries.items() if name}
+    sizes, marks, times = _listed(address, files, root)
     if not sizes:
         raise CheckpointError(f"there are no files below {address}; see whether its name is right")
-    marks = {name: str(entry.get("etag") or entry.get("ETag")) for name, entry in entries.items()}
     listing = {"url": address.rstrip("/"), "sizes": sizes, "marks": marks}
     caches = _caches()
     try:
@@ -81,6 +81,7 @@ def mirror(address: str) -> Path:
             own = made / root.rpartition("/")[2]
             own.mkdir(parents=True)
             (own / NAME).write_text(json.dumps(listing, sort_keys=True))
+            (own / TIMES).write_text(json.dumps(times, sort_keys=True))
             _fetch_small(address, files, root, sizes, own)
             target = caches / _digest(own)
             with suppress(OSError):  # it is there already
@@ -91,6 +92,37 @@ def mirror(address: str) -> Path:
             f"the small files of {address} cannot be kept in {caches}: {error.strerror}; "
             "set JAXSERVE_CACHE_DIR to a writable folder"
         ) from error
+
+
+class Listing(NamedTuple):
+    """The files of a checkpoint, by their path below it.
+
+    Attributes:
+        sizes: in bytes.
+        marks: what the store calls each file's content: entity tag, generation, or hash.
+        times: when each was written.
+    """
+
+    sizes: dict[str, int]
+    marks: dict[str, str]
+    times: dict[str, str]
+
+
+def _listed(address: str, files: Any, root: str) -> Listing:
+    """Returns what lies in a store now, whatever was known of it before."""
+    with _told(address):
+        files.invalidate_cache()
+        found = files.find(root, detail=True)
+    entries = {name: entry for path, entry in found.items() if (name := _below(root, path))}
+
+    def told(fields: tuple[str, ...]) -> dict[str, str]:
+        return {
+            name: str(next((entry[field] for field in fields if entry.get(field)), None))
+            for name, entry in entries.items()
+        }
+
+    sizes = {name: int(entry["size"] or 0) for name, entry in entries.items()}
+    return Listing(sizes, told(_MARKS), told(_TIMES))
 
 
 def _caches() -> Path:
@@ -150,6 +182,24 @@ class Remote:
             return None
         listing = read_json(directory / NAME)
         return cls(listing["url"], directory, listing["sizes"])
+
+    def check(self) -> None:
+        """Checks that nothing was replaced since the small files were fetched.
+
+        Raises:
+            CheckpointError: a file is another one, is gone, or is new.
+        """
+        listing = read_json(self.folder / NAME)
+        before = Listing(listing["sizes"], listing["marks"], read_json(self.folder / TIMES))
+        now = _listed(self.url, self._files, self._root)
+        for noun, old, new in zip(("size", "tag", "time"), before, now, strict=True):
+            for name in sorted({*old, *new}):
+                was, found = old.get(name, "none"), new.get(name, "none")
+                if was != found:
+                    raise CheckpointError(
+                        f"{self.url}/{name} was replaced while it was loaded: its {noun} was {was} "
+                        f"and is {found}; start again when nobody writes there"
+                    )
 
     def header(self, name: str) -> bytes:
         """Returns the first bytes of a safetensors file: the length of its header, and that."""

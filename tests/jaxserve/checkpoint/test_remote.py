@@ -225,9 +225,51 @@ def test_a_file_cut_short_meanwhile_is_no_checkpoint(llama):
         load_params(info, Model(info.config, Declare()))
 
 
+WEIGHTS = "/models/llama/model.safetensors"
+
+
+def replaced_meanwhile(checkpoint, monkeypatch, name=WEIGHTS, data=None) -> None:
+    """Checks that a file which somebody writes during a load, to the same length, is noticed."""
+    info = inspect(locate(put(checkpoint.path)))
+    new = data or STORE.cat_file(name)[:-8] + bytes(8)
+    whole = type(STORE).cat_file
+
+    def once(self, path, *, start=None, end=None, **more):
+        if start:
+            monkeypatch.setattr(type(STORE), "cat_file", whole)
+            STORE.pipe_file(name, new)
+        return whole(self, path, start, end, **more)
+
+    monkeypatch.setattr(type(STORE), "cat_file", once)
+    load_params(info, Model(info.config, Declare()))
+
+
+def test_a_file_replaced_during_a_load_is_named(llama, monkeypatch):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors was replaced .*: its time was"):
+        replaced_meanwhile(llama, monkeypatch)
+
+
+def test_a_file_that_comes_during_a_load_is_named(llama, monkeypatch):
+    with pytest.raises(CheckpointError, match=r"llama/new was replaced .*: its size was none"):
+        replaced_meanwhile(llama, monkeypatch, "/models/llama/new", b"data")
+
+
+def test_a_tag_tells_more_than_size_and_time(llama, monkeypatch):
+    tags, ls = iter(range(10**6)), type(STORE).find
+
+    def tagged(self, path, **more):
+        tag = next(tags)
+        return {name: entry | {"ETag": tag} for name, entry in ls(self, path, **more).items()}
+
+    monkeypatch.setattr(type(STORE), "find", tagged)
+    info = inspect(locate(put(llama.path)))
+    with pytest.raises(CheckpointError, match="its tag was"):
+        load_params(info, Model(info.config, Declare()))
+
+
 def test_the_folder_here_follows_what_is_there(llama):
     first = locate(put(llama.path))
-    assert first == locate(put(llama.path))
+    assert first == locate("memory://models/llama")
     assert first.name == "llama"
     assert json.loads((first / remote.NAME).read_text())["url"] == "memory://models/llama"
     config = json.loads(STORE.cat_file("/models/llama/config.json"))
