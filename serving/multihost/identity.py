@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from jaxserve.serving.wire import Start
 
 WHOLE_BYTES = 1 << 20
-"""Files up to this size are hashed whole; of larger ones the ends."""
-END_BYTES = 1 << 14
+"""Files up to this size are hashed whole; of larger ones samples."""
+SAMPLES = 32
+"""Evenly spaced, the first at the beginning and the last at the end."""
+SAMPLE_BYTES = 1 << 14
+MOST_HEADER_BYTES = 100_000_000
 SHOWN = 16
 
 _OWN = {"model": "", "log_json": True, "launched_s": 0.0, "devices": None, "group": None}
@@ -77,9 +80,11 @@ def layout_hash(start: Start) -> str:
 
 
 def model_hash(checkpoint: Path) -> str:
-    """Returns a hash of a checkpoint's files: names, sizes, small files, the ends of large ones.
+    """Returns a hash of a checkpoint's files: names, sizes, small files, samples of large ones.
 
-    So headers and configuration count whole, and of the weights what is cheap to read.
+    Headers of safetensors files and configuration count whole, of the weights what is cheap to
+    read: a model that was trained further is another one, a single changed weight may not be seen.
+    When files were written does not count.
     """
     made = hashlib.sha256()
     for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
@@ -92,7 +97,14 @@ def model_hash(checkpoint: Path) -> str:
             if size <= WHOLE_BYTES:
                 made.update(file.read())
                 continue
-            made.update(file.read(END_BYTES))
-            file.seek(size - END_BYTES)
-            made.update(file.read(END_BYTES))
+            if path.suffix == ".safetensors":
+                made.update(file.read(_header_bytes(file.read(8))))
+            for index in range(SAMPLES):
+                file.seek((size - SAMPLE_BYTES) * index // (SAMPLES - 1))
+                made.update(file.read(SAMPLE_BYTES))
     return made.hexdigest()[:SHOWN]
+
+
+def _header_bytes(length: bytes) -> int:
+    """Returns how long a file says that its header is; loading refuses what cannot be true."""
+    return min(int.from_bytes(length, "little"), MOST_HEADER_BYTES)

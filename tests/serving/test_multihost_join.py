@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import socket
 import threading
 import time
@@ -363,6 +364,33 @@ def test_versions_are_those_of_the_installed_packages(tmp_path: Any) -> None:
         assert identity_of(Start("tiny"), tmp_path, 2).libtpu == "none"
 
 
+def test_every_byte_of_a_header_and_much_of_the_weights_is_in_the_hash(tmp_path: Any) -> None:
+    size, header = 64 << 20, 5 << 20
+    weights = tmp_path / "model.safetensors"
+    with weights.open("wb") as file:
+        file.write(header.to_bytes(8, "little"))
+        file.truncate(size)
+    first = model_hash(tmp_path)
+    os.utime(weights, (1, 1))
+    assert model_hash(tmp_path) == first, "times do not count"
+
+    def sees(start: int, length: int) -> bool:
+        """Returns whether a change of these bytes alone is seen."""
+        with weights.open("r+b") as file:
+            file.seek(start)
+            file.write(b"\1" * length)
+            file.flush()
+            seen = model_hash(tmp_path) != first
+            file.seek(start)
+            file.write(bytes(length))
+        return seen
+
+    assert all(sees(at, 1) for at in (8, 3_333_333, header + 7, size - 1))
+    # However placed, what is longer than the space between two samples meets one of them.
+    assert all(sees(at, size // 31) for at in range(header + 8, size - size // 31, 9 << 20))
+    assert not sees(size // 62 * 31, 1), "docs/pods.md says so"
+
+
 def test_models_that_differ_have_other_hashes(tmp_path: Any) -> None:
     (tmp_path / "config.json").write_text("{}")
     weights = tmp_path / "model.safetensors"
@@ -397,7 +425,7 @@ def test_a_rank_that_there_is_not_is_refused(rank: int, secret: bytes) -> None:
     told = answer(port, rank, secret)
     why = "is none of 1 to 2" if secret == SECRET else "has another secret than rank 0"
     assert told == messages.Rejected(f"rank {rank} {why}", again=False)
-    with pytest.raises(JaxserveError, match="did not come|is none of"):
+    with pytest.raises(JaxserveError, match=r"did not come|is none of"):
         leader.given()
 
 
