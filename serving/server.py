@@ -72,7 +72,11 @@ class Server:
         self._insisted = asyncio.Event()
 
     async def run(self) -> int:
-        """Returns the exit status, once all has ended: 0 after a drain, 1 after a failed start."""
+        """Returns the exit status, once all has ended.
+
+        It is 0 after a drain, and 1 after a failed start or where the engine was lost and was not
+        back when the end was asked for.
+        """
         _raise_file_limit()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -90,7 +94,7 @@ class Server:
             await self._close()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
-        return 0
+        return int(self._service.failed)
 
     def _on_signal(self) -> None:
         self._signals += 1

@@ -107,6 +107,11 @@ class Service(Protocol):
         """Returns why they are not, for people; empty when they are."""
         ...
 
+    @property
+    def failed(self) -> bool:
+        """Returns whether the engine was lost and is not back."""
+        ...
+
     async def start(self) -> None:
         """Returns once requests are taken.
 
@@ -200,6 +205,11 @@ class LocalService:
     def reason(self) -> str:
         """Returns why they are not."""
         return REASONS[self._state]
+
+    @property
+    def failed(self) -> bool:
+        """Returns False: an engine of this process is lost with it."""
+        return False
 
     async def start(self) -> None:
         """Starts the engine's thread."""

@@ -161,6 +161,11 @@ class RemoteService:
         return REASONS[state]
 
     @property
+    def failed(self) -> bool:
+        """Returns whether the engine was lost and is not back."""
+        return bool(self._trouble)
+
+    @property
     def engine_pid(self) -> int | None:
         """Returns the number of the engine's process, if there is one."""
         return None if self._child is None else self._child.pid

@@ -64,7 +64,7 @@ class Member:
         self._backoff = backoff or Backoff()
         self._announce = announce or _print
         self._ready = self._left = False
-        self._served = False
+        self._served = self._failed = False
         self._reason = "the rank starts"
         self._signals = 0
         self._asked = asyncio.Event()
@@ -73,7 +73,7 @@ class Member:
         self._last_words = ""
 
     async def run(self) -> int:
-        """Returns the exit status: 0 where the group ended in good order."""
+        """Returns the exit status: 0 where the group ended in good order, or never began."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
@@ -105,7 +105,7 @@ class Member:
                 if self._left:
                     return 0
                 if asked.done() or self._signals:
-                    return 0
+                    return int(self._failed)
                 _log.error("the rank is lost: %s", how)
                 self._reason = f"the rank is lost ({how}) and is started again"
                 if not self._served:
@@ -115,6 +115,8 @@ class Member:
                 wait_s = self._backoff.wait_s(failures)
                 _log.info("the rank starts again in %.2f s", wait_s)
                 await asyncio.wait([asked], timeout=wait_s)
+                if asked.done():
+                    return 1
         finally:
             asked.cancel()
 
@@ -125,6 +127,7 @@ class Member:
         child = await EngineChild.launch(self._command, self._launch, self._receive)
         await asyncio.wait([asked, child.ended], return_when=asyncio.FIRST_COMPLETED)
         if child.ended.done():
+            self._failed = True
             child.kill()
             await child.close()
         else:
@@ -138,6 +141,7 @@ class Member:
             _log.info("waits for rank 0 to end the group", extra={"grace_s": self._drain_s})
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._insisted.wait(), self._drain_s + MARGIN_S)
+            self._failed = True  # the others lose this rank
 
     def _receive(self, message: FromEngine) -> None:
         match message:
@@ -146,6 +150,7 @@ class Member:
                 _log.info("the rank starts: %s", name)
             case Ready(info):
                 self._ready = self._served = True
+                self._failed = False
                 self._reason = ""
                 _log.info("ready", extra=info)
                 self._announce(self._ready_line())

@@ -462,6 +462,31 @@ def test_a_dropped_connection_is_noticed_on_both_sides(size: int) -> None:
         proxy.listener.close()
 
 
+def test_a_group_that_is_asked_to_end_while_it_is_lost_says_that_it_failed() -> None:
+    # Rank 1 never comes back, so the group cannot.
+    with group(2) as ranks:
+        ranks.wait_ready()
+        one = ranks.ranks[1]
+        one.process.send_signal(signal.SIGSTOP)
+        os.kill(one.engine_pid, signal.SIGKILL)
+        wait(lambda: ranks.ranks[0].said("the engine starts again in"))
+        for rank in ranks.ranks:
+            rank.process.send_signal(signal.SIGTERM)
+        one.process.send_signal(signal.SIGCONT)
+        assert [rank.process.wait(WAIT_S) for rank in ranks.ranks] == [1, 1]
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_lost_while_it_drains_says_that_it_failed() -> None:
+    with group(2, step_s=0.02) as ranks:
+        ranks.wait_ready()
+        one = ranks.ranks[1]
+        one.process.send_signal(signal.SIGTERM)
+        wait(lambda: one.said("waits for rank 0 to end the group"))
+        os.kill(one.engine_pid, signal.SIGKILL)
+        assert one.process.wait(WAIT_S) == 1
+
+
 async def check_health(rank: Rank) -> None:
     """Checks that a rank above 0 tells its health, and nothing else."""
     line = rank.announced()
