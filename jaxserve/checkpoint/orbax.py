@@ -46,6 +46,8 @@ _OF_S3 = {
     "AWS_REGION": "aws_region",
 }
 _CHUNK_BYTES = 16 * 2**20
+CACHE_BYTES = 256 << 20
+"""Chunks kept for a while, as devices of one host want parts of the same ones."""
 # Orbax copies arrays before it writes them, up to this many gigabytes at a time.
 _SAVE_GB = 1
 
@@ -177,7 +179,7 @@ class OrbaxReader:
         self._directory = directory
         self._tensors = tensors
         self._tensorstore = tensorstore
-        self._context = tensorstore.Context()
+        self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
         self._open: dict[str, Any] = {}
         self._remote = Remote.of(directory)
         self._base = kvstore(directory, self._remote)

@@ -1,8 +1,10 @@
 """One of several processes that load a model together; prints the bytes that it read.
 
-First from a folder, then from an object store, where bytes are counted as the store gives them.
+First from a folder, then from an object store, where bytes are counted as the store gives them:
+without gaps, and with those that are read along by default. Then from a converted checkpoint, as
+TensorStore counts what it reads of files.
 
-python multihost_loading.py ADDRESS NUM_PROCESSES PROCESS
+python multihost_loading.py ADDRESS NUM_PROCESSES PROCESS CONVERTED
 """
 
 import json
@@ -13,9 +15,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICES = 2
+BYTES_READ = "/tensorstore/kvstore/file/bytes_read"
 
 
-def main(address: str, num_processes: int, process: int) -> None:
+def main(address: str, num_processes: int, process: int, converted: str) -> None:
     import jax
 
     from jaxserve.serving.multihost.group import Group
@@ -52,11 +55,22 @@ def main(address: str, num_processes: int, process: int) -> None:
         return data
 
     type(store).cat_file = given
-    remote.GAP_BYTES = 0
-    found["from_store"] = load("memory://models/tiny")
-    found["from_store"]["read"] = sum(ranges)
+    for name, gap_bytes in (("with_gaps", remote.GAP_BYTES), ("from_store", 0)):
+        ranges.clear()
+        remote.GAP_BYTES = gap_bytes
+        found[name] = load("memory://models/tiny") | {"read": sum(ranges)}
+    before = read_of_files()
+    found["converted"] = load(converted) | {"read": read_of_files() - before}
     print(json.dumps(found), flush=True)
     jax.distributed.shutdown()
+
+
+def read_of_files() -> int:
+    """Returns the bytes that TensorStore has read of files."""
+    import tensorstore
+
+    metrics = tensorstore.experimental_collect_matching_metrics(BYTES_READ)
+    return sum(value["value"] for metric in metrics for value in metric["values"])
 
 
 def load(model: str) -> dict[str, int]:
@@ -85,4 +99,4 @@ if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
     sys.path.insert(0, str(ROOT))
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
