@@ -60,6 +60,9 @@ def serve(
         int, typer.Option(help="of the admin routes, on 127.0.0.1; -1 leaves them out")
     ] = -1,
     api_key_file: Annotated[Path | None, typer.Option(help="lines `name key`")] = None,
+    open_metrics: Annotated[
+        bool, typer.Option("--open-metrics", help="no key for /metrics, which balancers read")
+    ] = False,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM file")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM file")] = None,
     tls_client_ca: Annotated[
@@ -143,6 +146,7 @@ def serve(
         grpc_port=_port(grpc_port),
         admin_port=_port(admin_port),
         api_key_file=api_key_file,
+        open_metrics=open_metrics,
         tls_cert=tls_cert,
         tls_key=tls_key,
         tls_client_ca=tls_client_ca,

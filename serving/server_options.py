@@ -23,6 +23,7 @@ class ServerOptions:
         http_port, grpc_port: 0 takes a free one; None leaves the server out.
         admin_port: of the admin routes, always on the loopback address; None leaves them out.
         api_key_file: lines `name key`; without it no key is asked for.
+        open_metrics: `/metrics` asks for no key.
         tls_cert, tls_key: PEM files; both or neither.
         tls_client_ca: PEM file; clients need a certificate that it signed.
         allow_plaintext: serve without TLS on an address that others reach.
@@ -44,6 +45,7 @@ class ServerOptions:
     grpc_port: int | None = 8001
     admin_port: int | None = None
     api_key_file: Path | None = None
+    open_metrics: bool = False
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None

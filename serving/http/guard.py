@@ -32,6 +32,7 @@ _log = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/health/ready", "/v2/health/live", "/v2/health/ready"})
 """Routes that need no key."""
+METRICS_PATH = "/metrics"
 
 REQUEST_ID = b"x-request-id"
 
@@ -61,6 +62,7 @@ class Guard:
         self._app, self._options, self._gate, self._keys = app, options, gate, keys
         self._service = service
         self._limits = limits or RequestLimits()
+        self._open = OPEN_PATHS | ({METRICS_PATH} if options.open_metrics else frozenset())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -81,7 +83,7 @@ class Guard:
         """Lets a request through, or raises."""
         scope, headers = visit.scope, visit.headers
         self._check_headers(scope)
-        if scope["path"] not in OPEN_PATHS:
+        if scope["path"] not in self._open:
             visit.caller = self._caller(headers)
         caller = visit.caller
         if scope["method"] in _BODYLESS:

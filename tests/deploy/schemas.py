@@ -70,7 +70,7 @@ VOLUME: Schema = fields(
     {"name": WORD},
     persistentVolumeClaim=fields({"claimName": WORD}, readOnly=SWITCH),
     secret=fields({"secretName": WORD}, defaultMode=COUNT),
-    emptyDir={"type": "object"},
+    emptyDir=fields(medium=one_of("", "Memory"), sizeLimit=QUANTITY),
 ) | {"minProperties": 2, "maxProperties": 2}
 POD = fields(
     {"containers": many(CONTAINER)},
@@ -187,9 +187,16 @@ GRPC_ROUTE = fields({"rules": many(fields(backendRefs=BACKENDS))}, parentRefs=PA
 INFERENCE_POOL = fields(
     {
         "selector": SELECTOR,
-        "targetPorts": many(fields({"number": PORT})),
-        "endpointPickerRef": fields({"name": WORD, "port": fields({"number": PORT})}),
-    }
+        "targetPorts": many(fields({"number": PORT})) | {"maxItems": 8},
+        # The port may be left out only of what is no service.
+        "endpointPickerRef": fields(
+            {"name": WORD, "port": fields({"number": PORT})},
+            group=STRING,
+            kind=one_of("Service"),
+            failureMode=one_of("FailOpen", "FailClose"),
+        ),
+    },
+    appProtocol=one_of("http", "kubernetes.io/h2c"),
 )
 
 SPECS: dict[tuple[str, str], Schema] = {
@@ -223,8 +230,8 @@ def problems(value: Any, schema: Schema, where: str = "") -> list[str]:
     ):
         found.append(f"{where}: {value} is out of range")
     if isinstance(value, list):
-        if len(value) < schema.get("minItems", 0):
-            found.append(f"{where}: too few items")
+        if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)):
+            found.append(f"{where}: {len(value)} items")
         for index, item in enumerate(value):
             found += problems(item, schema.get("items", {}), f"{where}[{index}]")
     if isinstance(value, dict):

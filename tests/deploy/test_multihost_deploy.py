@@ -25,6 +25,7 @@ PODS = Path(__file__).resolve().parents[2] / "deploy" / "pods"
 SETS = ("leaderworkerset", "jobset")
 FOLDERS = [kind + slice_ for kind in SETS for slice_ in ("", "-v5p", "-v6e")]
 CHIPS_PER_HOST = 4
+PICKED = ("vllm:num_requests_waiting", "vllm:num_requests_running", "vllm:kv_cache_usage_perc")
 
 
 def built(folder: Path) -> list[dict[str, Any]]:
@@ -125,7 +126,7 @@ def test_the_container_fits_the_command(documents: list[dict[str, Any]]) -> None
     _, template = pod(documents)
     spec = template["spec"]
     (container,) = spec["containers"]
-    given = dict(argument.split("=", 1) for argument in container["args"])
+    given = {name: value for name, _, value in (a.partition("=") for a in container["args"])}
     assert set(given) <= set(flags)
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {
@@ -223,6 +224,23 @@ def test_groups_scale_by_metrics_that_are_published() -> None:
         scaled["apiVersion"],
         scaled["metadata"]["name"],
     )
-    # What endpoint pickers read: the queue, and the share of memory in use.
-    for name in ("vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"):
-        assert f"\n{name}{{" in page
+
+
+def test_an_endpoint_picker_finds_the_load_without_a_key(documents: list[dict[str, Any]]) -> None:
+    """Pickers read gauges of these names, the memory as a share of 1, and send no credentials."""
+
+    async def published() -> str:
+        async with fake_service() as service:
+            return exposition(service).decode()
+
+    page = asyncio.run(published())
+    values = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
+    for name in PICKED:
+        assert f"# TYPE {name} gauge\n" in page
+        (value,) = [value for key, value in values.items() if key.startswith(f"{name}{{")]
+        assert 0 <= float(value) <= 1
+    _, template = pod(documents)
+    (container,) = template["spec"]["containers"]
+    assert "--open-metrics" in container["args"]
+    (port,) = one(documents, "InferencePool")["spec"]["targetPorts"]
+    assert port["number"] in [p["containerPort"] for p in container["ports"] if p["name"] == "http"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -85,6 +86,17 @@ def test_every_route_but_health_needs_a_key(server: BackgroundServer) -> None:
                 error = refused(response, 401)
                 assert error["type"] == "authentication_error"
                 assert "www-authenticate" in response.headers
+
+
+def test_metrics_may_be_open_and_nothing_else(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"one {KEY}\n")
+    options = ServerOptions(model_name="fake", api_key_file=keys, open_metrics=True)
+    with serve_in_background(fake_service, options) as server:
+        answer = httpx.get(server.url + "/metrics")
+        assert answer.status_code == 200 and "jaxserve_ready" in answer.text
+        for path in ("/v1/models", "/metrics/", "/metricsx"):
+            refused(httpx.get(server.url + path), 401)
 
 
 @pytest.mark.parametrize(
