@@ -17,6 +17,9 @@ from jaxserve.errors import UsageError
 from jaxserve.partitioning.dtypes import KV, WEIGHTS, Stored
 from jaxserve.partitioning.layout import Ffn, Heads
 
+FULL = 0.9
+"""Share of its capacity at which a deployment is taken to be full (assumed)."""
+
 
 class Objective(StrEnum):
     """What is best: the least dollars a token, the shortest request, or the most tokens."""

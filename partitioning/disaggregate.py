@@ -7,23 +7,22 @@ values cross the network between hosts once a request. No JAX.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from jaxserve.config import ModelConfig
-from jaxserve.errors import UsageError
-from jaxserve.partitioning.demand import Demand, Serving, Space
-from jaxserve.partitioning.efficiency import Efficiency
-from jaxserve.partitioning.estimate import Coster
+from jaxserve.partitioning.bench import Asked, Bench, Priced
+from jaxserve.partitioning.demand import Demand, Serving
 from jaxserve.partitioning.hardware import ChipSlice
+from jaxserve.partitioning.judge import Judge
 from jaxserve.partitioning.layout import PhaseLayout
-from jaxserve.partitioning.memory import Kept, kept_tokens, weights_bytes
-from jaxserve.partitioning.meshes import Laid, layouts, meshes
+from jaxserve.partitioning.memory import Kept, kept_tokens
+from jaxserve.partitioning.meshes import layouts
+from jaxserve.partitioning.network import Network
 from jaxserve.partitioning.points import Option, Points
-from jaxserve.partitioning.traffic import Traffic
-from jaxserve.partitioning.work import Share, num_parameters
 
 EIGHTHS = (1, 2, 4, 6, 7)
 """Shares of the slice that prefill, in eighths."""
@@ -35,197 +34,194 @@ _KEPT = 4
 def disaggregated(
     config: ModelConfig,
     on: ChipSlice,
-    demand: Demand,
-    space: Space,
-    seen: Callable[[Any], None],
-) -> Iterator[Points]:
-    """Yields the pairs of a side that prefills and one that decodes.
+    asked: Asked,
+    judge: Judge,
+    benches: Callable[[int], list[Bench]],
+) -> None:
+    """Judges the pairs of a side that prefills and one that decodes.
 
     Args:
-        seen: is told what was left free.
+        benches: the meshes of a slice's part, one of so many.
     """
-    for weights in space.weights:
-        for kv in space.kv:
-            kept = Kept(weights, kv)
-            sides = list(_sides(config, on, demand, space, kept, seen))
-            prefills = [side for side in sides if side.prefills]
-            decodes = [side for side in sides if not side.prefills]
-            yield from _pairs(config, on, demand, prefills, decodes, kept)
+    prefills, decodes = _sides(on, asked, judge, benches)
+    for row, kept in enumerate(asked.each):
+        handed = _handed_bytes(config, asked.demand, kept)
+        for eighths in EIGHTHS:
+            if eighths * on.num_chips % 8:
+                continue
+            chips = eighths * on.num_chips // 8
+            for first in prefills.good(row, chips):
+                for later in decodes.good(row, on.num_chips - chips):
+                    counts = chips // first.chips, (on.num_chips - chips) // later.chips
+                    _judge_pair((first, later), counts, kept, row, handed, asked.demand, judge)
 
 
+@dataclass(frozen=True)
 class _Side:
-    """One phase on a part of the slice: columns over its batches.
+    """One phase on a part of the slice, for all dtypes.
 
     Attributes:
-        prefills: the phase.
-        coster: what prices it.
-        batch, chunk: sequences, tokens of each in a step.
-        time_s: of a prompt's prefill, or of a decode step.
-        rate: requests per second of a replica.
-        free: bytes left on a device.
+        network, phase: where and how.
+        priced: steps.
+        time_s: float64[D, N], of a prompt's prefill, or of a decode step.
+        rate: float64[D, N], requests per second of a replica.
+        free: float64[D, N], bytes left on a device.
     """
 
-    def __init__(
-        self,
-        prefills: bool,
-        coster: Coster,
-        batch: np.ndarray,
-        chunk: np.ndarray,
-        time_s: np.ndarray,
-        rate: np.ndarray,
-        free: np.ndarray,
-    ) -> None:
-        self.prefills, self.coster = prefills, coster
-        good = free >= 0
-        self.batch, self.chunk = batch[good], chunk[good]
-        self.time_s, self.rate, self.free = time_s[good], rate[good], free[good]
+    network: Network
+    phase: PhaseLayout
+    priced: Priced
+    time_s: np.ndarray
+    rate: np.ndarray
+    free: np.ndarray
+
+    @property
+    def chips(self) -> int:
+        """Returns the chips of a replica."""
+        return self.network.on.num_chips
+
+
+class _Sides:
+    """The sides of one phase, and what each does best with each of the dtypes."""
+
+    def __init__(self, sides: list[_Side]) -> None:
+        self.sides = sides
+        fits = [side.free >= 0 for side in sides]
+        self._rate = np.array(
+            [np.where(f, s.rate, 0.0).max(axis=1) for f, s in zip(fits, sides, strict=True)]
+        )
+        self._time = np.array(
+            [np.where(f, s.time_s, np.inf).min(axis=1) for f, s in zip(fits, sides, strict=True)]
+        )
+        self._chips = np.array([side.chips for side in sides], np.int64)
+
+    def good(self, row: int, chips: int) -> list[_Side]:
+        """Returns the sides with the highest rate, and with the shortest time, on so many chips."""
+        if not self.sides:
+            return []
+        rate = self._rate[:, row] * (chips // self._chips)
+        usable = np.flatnonzero((self._chips <= chips) & (rate > 0))
+        most = usable[np.argsort(-rate[usable], kind="stable")[:_KEPT]]
+        fastest = usable[np.argsort(self._time[usable, row], kind="stable")[:_KEPT]]
+        places = dict.fromkeys([*most.tolist(), *fastest.tolist()])
+        return [self.sides[place] for place in places]
 
 
 def _sides(
-    config: ModelConfig,
-    on: ChipSlice,
-    demand: Demand,
-    space: Space,
-    kept: Kept,
-    seen: Callable[[Any], None],
-) -> Iterator[_Side]:
+    on: ChipSlice, asked: Asked, judge: Judge, benches: Callable[[int], list[Bench]]
+) -> tuple[_Sides, _Sides]:
+    """Returns the sides that prefill, and those that decode."""
+    prefills: list[_Side] = []
+    decodes: list[_Side] = []
     pieces = 2
     while pieces <= on.num_chips:
-        part = on.part(pieces)
-        pieces *= 2
-        if part is None:
-            continue
-        for laid in meshes(part):
-            pairs = list(layouts(laid, space))
+        for bench in benches(pieces):
+            pairs = list(layouts(bench.laid, asked.space))
             for phase in dict.fromkeys(prefill for prefill, _ in pairs):
-                if (made := _coster(config, phase, laid, kept, seen)) is not None:
-                    yield _prefill(made, demand, space, seen)
+                if _may_fit(bench, phase, judge):
+                    prefills.append(_prefill(bench, phase, judge))
             for phase in dict.fromkeys(decode for _, decode in pairs):
-                if (made := _coster(config, phase, laid, kept, seen)) is not None:
-                    yield _decode(made, demand, space, seen)
+                if _may_fit(bench, phase, judge):
+                    decodes.append(_decode(bench, phase, judge))
+        pieces *= 2
+    return _Sides(prefills), _Sides(decodes)
 
 
-def _coster(
-    config: ModelConfig,
-    phase: PhaseLayout,
-    laid: Laid,
-    kept: Kept,
-    seen: Callable[[Any], None],
-) -> Coster | None:
-    try:
-        share = Share.of(config, phase, laid.sizes)
-    except UsageError:
-        return None
-    free = laid.network.on.device_hbm_bytes - weights_bytes(share, kept)
-    if free < 0:
-        seen(free)
-        return None
-    traffic = Traffic.of(share.config, phase, laid.sizes)
-    return Coster(
-        share, traffic, laid.network, kept, Efficiency.read(), num_parameters(config, active=True)
+def _may_fit(bench: Bench, phase: PhaseLayout, judge: Judge) -> bool:
+    free = bench.free_of_weights(phase)
+    if free is None:
+        return False
+    if (free < 0).any():
+        judge.seen(free[free < 0])
+    return bool((free >= 0).any())
+
+
+def _prefill(bench: Bench, phase: PhaseLayout, judge: Judge) -> _Side:
+    every, cut = bench.prefill(phase), bench.coster(phase).share.row_cut
+    few = np.isin(every.batch, (1, cut, 4 * cut))
+    made = Priced(
+        every.batch[few],
+        every.chunk[few],
+        every.time_s[:, few],
+        every.other_bytes[:, few],
+        every.kv_bytes[:, few],
     )
+    time_s = -(-bench.asked.demand.input_tokens // made.chunk) * made.time_s
+    return _side(bench, phase, judge, made, time_s, made.batch / time_s)
 
 
-def _prefill(made: Coster, demand: Demand, space: Space, seen: Callable[[Any], None]) -> _Side:
-    cut = made.share.row_cut
-    groups = sorted({1, *(n for n in (cut, 4 * cut) if n <= space.batches[1])})
-    pairs = [(g, c) for g in groups for c in space.chunk_sizes(demand.input_tokens)]
-    group, chunk = (np.array(column) for column in zip(*pairs, strict=True))
-    whole = demand.input_tokens
-    found = made.estimate(group, chunk, (whole - chunk) / 2, whole)
-    time_s = -(-whole // chunk) * np.asarray(found.time_s)
-    free = np.broadcast_to(np.asarray(found.memory.free_bytes), time_s.shape)
-    seen(free)
-    return _Side(True, made, group, chunk, time_s, group / time_s, free)
+def _decode(bench: Bench, phase: PhaseLayout, judge: Judge) -> _Side:
+    made = bench.decode(phase)
+    rate = made.batch / (made.time_s * bench.asked.demand.output_tokens)
+    return _side(bench, phase, judge, made, made.time_s, rate)
 
 
-def _decode(made: Coster, demand: Demand, space: Space, seen: Callable[[Any], None]) -> _Side:
-    batch = np.array(space.batch_sizes)
-    middle = demand.input_tokens + demand.output_tokens // 2
-    found = made.estimate(batch, 1, middle, demand.context_tokens)
-    time_s = np.asarray(found.time_s)
-    free = np.broadcast_to(np.asarray(found.memory.free_bytes), time_s.shape)
-    seen(free)
-    rate = batch / (time_s * demand.output_tokens)
-    return _Side(False, made, batch, np.ones_like(batch), time_s, rate, free)
+def _side(
+    bench: Bench,
+    phase: PhaseLayout,
+    judge: Judge,
+    made: Priced,
+    time_s: np.ndarray,
+    rate: np.ndarray,
+) -> _Side:
+    free = bench.device_bytes - made.other_bytes - made.kv_bytes
+    judge.seen(free)
+    return _Side(bench.laid.network, phase, made, time_s, rate, free)
 
 
-def _pairs(
-    config: ModelConfig,
-    on: ChipSlice,
-    demand: Demand,
-    prefills: list[_Side],
-    decodes: list[_Side],
+def _judge_pair(
+    sides: tuple[_Side, _Side],
+    counts: tuple[int, int],
     kept: Kept,
-) -> Iterator[Points]:
-    """Yields pairs of good sides for every share of the slice that prefills."""
-    handed = _handed_bytes(config, demand, kept)
-    for eighths in EIGHTHS:
-        if eighths * on.num_chips % 8:
-            continue
-        chips = eighths * on.num_chips // 8
-        for first in _good(prefills, chips):
-            for later in _good(decodes, on.num_chips - chips):
-                counts = [
-                    share // side.coster.on.num_chips
-                    for side, share in ((first, chips), (later, on.num_chips - chips))
-                ]
-                option = Option(
-                    counts[1],
-                    later.coster.on,
-                    later.coster.network,
-                    first.coster.share.phase,
-                    later.coster.share.phase,
-                    kept,
-                    Serving.DISAGGREGATED,
-                    counts[0],
-                    first.coster.network,
-                )
-                move_s = handed / (on.chip.number("dcn") * first.coster.on.num_chips)
-                yield _points(option, first, later, counts, move_s, demand)
-
-
-def _good(sides: list[_Side], chips: int) -> list[_Side]:
-    """Returns the sides with the highest rate, and with the shortest time, on so many chips."""
-    usable = [s for s in sides if s.coster.on.num_chips <= chips and len(s.rate)]
-
-    def rate(side: _Side) -> float:
-        return -float(side.rate.max()) * (chips // side.coster.on.num_chips)
-
-    fastest = sorted(usable, key=lambda side: float(side.time_s.min()))[:_KEPT]
-    return list(dict.fromkeys([*sorted(usable, key=rate)[:_KEPT], *fastest]))
-
-
-def _points(
-    option: Option,
-    first: _Side,
-    later: _Side,
-    counts: list[int],
-    move_s: float,
+    row: int,
+    handed: float,
     demand: Demand,
-) -> Points:
-    fill, empty = counts[0] * first.rate[None, :], counts[1] * later.rate[:, None]
-    rate = np.minimum(fill, empty)
-    ttft = np.broadcast_to(first.time_s[None, :] + move_s, rate.shape)
+    judge: Judge,
+) -> None:
+    first, later = sides
+    link = first.network.on.chip.number("dcn")
+    move_s = handed / (link * first.chips)
+    # Columns over the batches that fit.
+    fitting = [side.free[row] >= 0 for side in sides]
+    ours, theirs = fitting
+    prompt_s, step_s = first.time_s[row][None, ours], later.time_s[row][theirs, None]
+    fill = counts[0] * first.rate[row][None, ours]
+    rate = np.minimum(fill, counts[1] * later.rate[row][theirs, None])
+    least = prompt_s.min() + move_s
+    bounds = (np.array([one]) for one in (step_s.min(), least, rate.max()))
+    if not judge.needs(*bounds)[0]:
+        judge.priced += rate.size
+        return
+    option = Option(
+        counts[1],
+        later.network.on,
+        later.network,
+        first.phase,
+        later.phase,
+        kept,
+        Serving.DISAGGREGATED,
+        counts[0],
+        first.network,
+    )
+    ttft = prompt_s + move_s
     if demand.rate is not None:
         load = np.minimum(demand.rate / fill, 0.999)
-        ttft = ttft + load * first.time_s[None, :] / (2 * (1 - load))
-    shape = rate.shape
-    return Points.of(
-        option,
-        np.minimum(*np.broadcast_arrays(later.free[:, None], first.free[None, :])),
-        np.broadcast_to(later.batch[:, None], shape),
-        np.broadcast_to(first.batch[None, :], shape),
-        np.broadcast_to(first.chunk[None, :], shape),
+        ttft = ttft + load * prompt_s / (2 * (1 - load))
+    columns = np.broadcast_arrays(
+        np.minimum(later.free[row][theirs, None], first.free[row][None, ours]),
+        later.priced.batch[theirs, None],
+        first.priced.batch[None, ours],
+        first.priced.chunk[None, ours],
         ttft,
-        np.broadcast_to(later.time_s[:, None], shape),
+        step_s,
         rate,
     )
+    judge.take(Points.of([option], *(one[None] for one in columns)))
 
 
 def _handed_bytes(config: ModelConfig, demand: Demand, kept: Kept) -> float:
     """Returns the bytes of a prompt's keys and values."""
-    total = 0.0
+    total: Any = 0.0
     for layer in config.layers:
         spec = layer.attention
         element = kept.kv.per_element(spec.head_dim)

@@ -7,7 +7,12 @@ What the runtime stores today is `config.dtype_bytes`; a planner looks further. 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
 
 from jaxserve.errors import UsageError
 
@@ -39,6 +44,11 @@ class Stored:
             size += self.scale_bytes / (inputs if self.group < 0 else self.group)
         return size
 
+    @property
+    def table(self) -> Stored:
+        """Returns how embedding and output head are stored beside: rounded to bytes, not less."""
+        return self if self.bits >= 8 else WEIGHTS["bfloat16"]
+
     def kept(self, elements: float, inputs: int, outputs: int) -> float:
         """Returns bytes of a device's part of a weight.
 
@@ -51,6 +61,45 @@ class Stored:
         if self.group < 0:
             return elements * self.bits / 8 + self.scale_bytes * outputs
         return elements * self.per_element(inputs)
+
+
+@dataclass(frozen=True)
+class Several:
+    """Ways to store, asked at once: answers are float64[D, 1], one for each."""
+
+    each: tuple[Stored, ...]
+
+    @cached_property
+    def bits(self) -> Any:
+        """Returns the bits of an element."""
+        return _column(one.bits for one in self.each)
+
+    @cached_property
+    def _fixed(self) -> Any:
+        """Returns bytes of an element, but for scales of features or tokens."""
+        return _column(one.per_element(1) if one.group >= 0 else one.bits / 8 for one in self.each)
+
+    @cached_property
+    def _scales(self) -> Any:
+        """Returns bytes of a scale of a feature or token."""
+        return _column(one.scale_bytes if one.group < 0 else 0 for one in self.each)
+
+    @cached_property
+    def table(self) -> Several:
+        """Returns how embedding and output head are stored beside."""
+        return Several(tuple(one.table for one in self.each))
+
+    def per_element(self, inputs: int) -> Any:
+        """Returns bytes of an element; see `Stored.per_element`."""
+        return self._fixed + self._scales / inputs
+
+    def kept(self, elements: float, inputs: int, outputs: int) -> Any:
+        """Returns bytes of a device's part; see `Stored.kept`."""
+        return elements * self._fixed + self._scales * outputs
+
+
+def _column(values: Iterable[float]) -> Any:
+    return np.array(list(values), np.float64)[:, None]
 
 
 WEIGHTS = {

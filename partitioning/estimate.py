@@ -278,16 +278,18 @@ class Coster:
 
     def _attention(self, batch: Any, new: Any, context: Any) -> Iterator[Term]:
         rows = self.share.local_rows(batch)
-        flops = read = written = 0.0
+        flops: Any = 0.0
+        read: Any = 0.0
+        written: Any = 0.0
         for run in self.share.runs:
             spec = run.layer.attention
             seen = _seen(spec, new, context) / self.share.stripes
             heads = self.share.heads(spec) * spec.head_dim
-            flops += run.turns * 4.0 * heads * rows * seen
+            flops = flops + run.turns * 4.0 * heads * rows * seen
             size = run.turns * self.share.kv_elements(spec)
-            size *= self.kept.kv.per_element(spec.head_dim)
-            written += size * rows * new / self.share.stripes
-            read += size * rows * _read(spec, new, context) / self.share.stripes
+            size = size * self.kept.kv.per_element(spec.head_dim)
+            written = written + size * rows * new / self.share.stripes
+            read = read + size * rows * _read(spec, new, context) / self.share.stripes
         peak = self.on.chip.flops.number / self.on.chip.devices * self.efficiency.matmul
         if curve := self.on.chip.curves.get("matmul"):
             peak = _at(curve, rows * new) / self.on.chip.devices

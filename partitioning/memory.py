@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxserve.config import AttentionSpec, BlockKind
-from jaxserve.partitioning.dtypes import KV, WEIGHTS, Stored
+from jaxserve.partitioning.dtypes import KV, WEIGHTS, Several, Stored
 from jaxserve.partitioning.hardware import ChipSlice
 from jaxserve.partitioning.layout import Ffn, Stage
 from jaxserve.partitioning.work import Product, Share
@@ -41,18 +41,19 @@ class Kept:
     """Dtypes.
 
     Attributes:
-        weights, kv: how weights, and keys and values, are stored.
+        weights, kv: how weights, and keys and values, are stored; several of each are asked at
+            once, and then every number is an array of as many rows.
         activation_bytes: of an element of an activation.
     """
 
-    weights: Stored = WEIGHTS["bfloat16"]
-    kv: Stored = KV["bfloat16"]
+    weights: Stored | Several = WEIGHTS["bfloat16"]
+    kv: Stored | Several = KV["bfloat16"]
     activation_bytes: int = 2
 
     @property
-    def tables(self) -> Stored:
+    def tables(self) -> Stored | Several:
         """Returns how embedding and output head are stored: rounded to bytes, not to less."""
-        return self.weights if self.weights.bits >= 8 else WEIGHTS["bfloat16"]
+        return self.weights.table
 
 
 @dataclass(frozen=True)
@@ -110,25 +111,25 @@ def memory_of(
     )
 
 
-def weights_bytes(share: Share, kept: Kept) -> float:
+def weights_bytes(share: Share, kept: Kept) -> Any:
     """Returns the bytes of a device's parameters; vectors stay in 16 bits or more."""
-    total = max(2.0, min(kept.weights.bits / 8, 4.0)) * share.vector_elements
+    total = np.clip(kept.weights.bits / 8, 2.0, 4.0) * share.vector_elements
     table = share.logits
-    total += share.tables * kept.tables.kept(table.stored, table.inputs, table.outputs)
+    total = total + share.tables * kept.tables.kept(table.stored, table.inputs, table.outputs)
     for op in share.products:
-        total += op.turns * kept.weights.kept(op.stored, op.inputs, op.outputs)
+        total = total + op.turns * kept.weights.kept(op.stored, op.inputs, op.outputs)
     return total
 
 
 def kv_bytes(share: Share, kept: Kept, batch: Any, context: int) -> Any:
     """Returns the bytes of the keys and values that a device keeps."""
     rows = share.local_rows(batch)
-    per_row = 0.0
+    per_row: Any = 0.0
     for run in share.runs:
         spec = run.layer.attention
         tokens = kept_tokens(spec, context) / share.stripes
         element = kept.kv.per_element(spec.head_dim)
-        per_row += run.turns * tokens * share.kv_elements(spec) * element
+        per_row = per_row + run.turns * tokens * share.kv_elements(spec) * element
     return rows * per_row
 
 
@@ -155,14 +156,16 @@ def max_context(share: Share, kept: Kept, *, batch: int, budget_bytes: float) ->
     return least
 
 
-def _gathered(kept: Kept, ops: Sequence[Product]) -> float:
+def _gathered(kept: Kept, ops: Sequence[Product]) -> Any:
     """Returns the gathered weights of the product that has the most; the next waits for it."""
-    return max(
-        op.used * kept.weights.per_element(op.inputs) if op.used > op.stored else 0.0 for op in ops
-    )
+    most: Any = 0.0
+    for op in ops:
+        if op.used > op.stored:
+            most = np.maximum(most, op.used * kept.weights.per_element(op.inputs))
+    return most
 
 
-def _temporary(share: Share, on: ChipSlice, kept: Kept, tokens: Any) -> tuple[float, Any]:
+def _temporary(share: Share, on: ChipSlice, kept: Kept, tokens: Any) -> tuple[Any, Any]:
     """Returns (gathered weights, activations beside them) where a layer holds the most.
 
     That is while its first weights are gathered, step by step, while they are multiplied, or while

@@ -97,8 +97,19 @@ class Network:
     def _sides(self) -> tuple[Axis, ...]:
         return self.on.axes
 
+    @cached_property
+    def _lanes(self) -> dict[tuple[str, ...], tuple[Lane, ...]]:
+        """Returns the lanes that were asked for; a search asks often."""
+        return {}
+
     def lanes(self, axes: Collection[str]) -> tuple[Lane, ...]:
         """Returns the sides that the devices of some mesh axes lie along."""
+        key = tuple(axes)
+        if key not in self._lanes:
+            self._lanes[key] = self._found(key)
+        return self._lanes[key]
+
+    def _found(self, axes: tuple[str, ...]) -> tuple[Lane, ...]:
         found = []
         for number, side in enumerate(self._sides):
             parts = [(one.axis, size) for one in self.along for p, size in one.parts if p == number]

@@ -1,11 +1,11 @@
-"""Deployments that a search has priced, as columns.
+"""Deployments that a search has priced: one, and many as columns.
 
 No JAX.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,12 +98,25 @@ class Option:
 
 
 @dataclass(frozen=True)
+class Point:
+    """A deployment; see `search.Candidate`."""
+
+    option: Option
+    free: float
+    batch: int
+    group: int
+    chunk: int
+    ttft_s: float
+    tpot_s: float
+    rate: float
+
+
+@dataclass(frozen=True)
 class Points:
-    """Columns of deployments.
+    """Deployments of several options: arrays of one shape, whose first dimension is the option.
 
     Attributes:
         options: what they are ways to run.
-        option: index of each into `options`.
         free: bytes left on a device; below zero where it does not fit.
         batch, group, chunk: see `search.Candidate`.
         ttft_s, tpot_s: likewise.
@@ -111,7 +124,6 @@ class Points:
     """
 
     options: tuple[Option, ...]
-    option: np.ndarray
     free: np.ndarray
     batch: np.ndarray
     group: np.ndarray
@@ -121,36 +133,18 @@ class Points:
     rate: np.ndarray
 
     @classmethod
-    def of(
-        cls,
-        option: Option,
-        free: np.ndarray,
-        batch: np.ndarray,
-        group: np.ndarray,
-        chunk: np.ndarray,
-        ttft_s: np.ndarray,
-        tpot_s: np.ndarray,
-        rate: np.ndarray,
-    ) -> Points:
-        """Returns the points of one option, from arrays of one shape."""
-        columns = [np.ravel(one) for one in (free, batch, group, chunk, ttft_s, tpot_s, rate)]
-        return cls((option,), np.zeros(len(columns[0]), np.int64), *columns)
+    def of(cls, options: Sequence[Option], *columns: np.ndarray) -> Points:
+        """Returns the points of some options, from arrays that go together."""
+        return cls(tuple(options), *np.broadcast_arrays(*columns))
 
     @property
     def count(self) -> int:
         """Returns the deployments."""
-        return len(self.option)
+        return self.free.size
 
-
-def joined(parts: Iterable[Points]) -> Points:
-    """Returns all points as one."""
-    every = list(parts)
-    if not every:
-        return Points((), *(np.zeros(0, np.int64) for _ in range(8)))
-    starts = np.cumsum([0, *(len(one.options) for one in every)])
-    option = np.concatenate(
-        [one.option + start for one, start in zip(every, starts[:-1], strict=True)]
-    )
-    names = ("free", "batch", "group", "chunk", "ttft_s", "tpot_s", "rate")
-    columns = [np.concatenate([getattr(one, name) for one in every]) for name in names]
-    return Points(tuple(o for one in every for o in one.options), option, *columns)
+    def at(self, index: int) -> Point:
+        """Returns one of them, counted over all options."""
+        place = np.unravel_index(index, self.free.shape)
+        whole = (int(column[place]) for column in (self.batch, self.group, self.chunk))
+        times = (float(column[place]) for column in (self.ttft_s, self.tpot_s, self.rate))
+        return Point(self.options[int(place[0])], float(self.free[place]), *whole, *times)

@@ -5,8 +5,9 @@
     found.best[0].decode, found.best[0].tpot_s     # the best few, and found.front: Pareto's
 
 Every mesh of the slice and of its equal parts, every pair of layouts, dtype, batch, chunk and group
-of prompts is priced: layouts once, all their batches at once. What cannot fit is left out before
-its communication is derived. The times are estimates; see `estimate`. No JAX.
+of prompts is judged: layouts are priced once, all their batches and dtypes at once. What cannot fit
+is left out before its communication is derived, and what a bound rules out before its batches and
+groups are paired. The times are estimates; see `estimate`. No JAX.
 
 A replica may be a pipeline: P stages of layers, on chips of their own, with P batches on their way.
 A token then takes P steps of a stage, and the slowest stage, priced with table and head, sets the
@@ -20,7 +21,6 @@ equal service times: r S / 2 (1 - r) at load r.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -30,20 +30,19 @@ import numpy as np
 
 from jaxserve.config import ModelConfig
 from jaxserve.errors import UsageError
-from jaxserve.partitioning.demand import Demand, Objective, Serving, Space
+from jaxserve.partitioning.bench import Asked, Bench
+from jaxserve.partitioning.demand import FULL, Demand, Objective, Serving, Space
 from jaxserve.partitioning.disaggregate import disaggregated
-from jaxserve.partitioning.efficiency import Efficiency
 from jaxserve.partitioning.estimate import Coster, Estimate
 from jaxserve.partitioning.hardware import ChipSlice, Fabric
+from jaxserve.partitioning.judge import Judge
 from jaxserve.partitioning.layout import PhaseLayout
-from jaxserve.partitioning.memory import Kept, memory_of
+from jaxserve.partitioning.memory import Kept
 from jaxserve.partitioning.meshes import Laid, layouts, meshes
-from jaxserve.partitioning.points import Option, Points, joined
-from jaxserve.partitioning.traffic import Traffic
-from jaxserve.partitioning.work import Share, num_parameters
+from jaxserve.partitioning.points import Option, Point, Points
 
-FULL = 0.9
-"""Share of its capacity at which a deployment is taken to be full (assumed)."""
+_ROUNDING = 1e-9
+"""By how much sums in another order may differ."""
 
 
 class Verdict(StrEnum):
@@ -185,13 +184,15 @@ def search(
             f"no price is known of {on.chip.name}; add usd_hour to its table with --hardware FILE, "
             "or ask for another objective"
         )
-    tally = _Tally(on.device_hbm_bytes)
-    found: list[Points] = []
+    judge, asked = Judge(demand, top), Asked.of(demand, space)
+    store: dict[tuple[int, int], list[Bench]] = {}
     if Serving.COLOCATED in space.serving:
-        found += _colocated(config, on, demand, space, tally)
+        _colocated(config, on, asked, judge, store)
     if Serving.DISAGGREGATED in space.serving:
-        found += disaggregated(config, on, demand, space, tally.seen)
-    if not found and tally.least_short is None:
+        disaggregated(
+            config, on, asked, judge, lambda pieces: _benches(config, on, asked, store, pieces, 1)
+        )
+    if judge.least_short is None:
         every = (laid for _, _, part in _parts(on, space) for laid in meshes(part))
         if not any(True for laid in every for _ in layouts(laid, space)):
             names = ", ".join([*space.prefill, *space.heads])
@@ -202,52 +203,59 @@ def search(
         raise UsageError(
             f"embed_dim={config.embed_dim} divides over no mesh of {on.name}; use another slice"
         )
-    points = joined(found)
-    return _judged(config, on, demand, points, tally, top)
+    return _judged(config, on, demand, judge)
 
 
-@dataclass
-class _Tally:
-    """What was too large, gathered by the search alone.
-
-    Attributes:
-        device_bytes: memory of a device.
-        least_short: fewest bytes that anything lacked.
-    """
-
-    device_bytes: float
-    least_short: float | None = None
-
-    def seen(self, free: Any) -> None:
-        """Notes what was left free, below zero where something did not fit."""
-        short = float(-np.max(free))
-        if self.least_short is None or short < self.least_short:
-            self.least_short = short
+def _benches(
+    config: ModelConfig,
+    on: ChipSlice,
+    asked: Asked,
+    store: dict[tuple[int, int], list[Bench]],
+    pieces: int,
+    stages: int,
+) -> list[Bench]:
+    """Returns the meshes of an equal part of a slice, made when they are first asked for."""
+    if (pieces, stages) not in store:
+        part = on.part(pieces)
+        made = [] if part is None else meshes(part)
+        one = stage_of(config, stages)
+        store[pieces, stages] = [Bench(one, laid, asked, stages) for laid in made]
+    return store[pieces, stages]
 
 
 def _colocated(
-    config: ModelConfig, on: ChipSlice, demand: Demand, space: Space, tally: _Tally
-) -> Iterator[Points]:
-    for replicas, stages, part in _parts(on, space):
-        config_of_stage = stage_of(config, stages)
-        for laid in meshes(part):
-            bench = _Bench(config_of_stage, laid, stages)
-            for prefill, decode in layouts(laid, space):
-                for kept in _kept(space):
-                    if not bench.may_fit(decode, kept, demand, space, tally):
-                        continue
-                    option = Option(
+    config: ModelConfig,
+    on: ChipSlice,
+    asked: Asked,
+    judge: Judge,
+    store: dict[tuple[int, int], list[Bench]],
+) -> None:
+    """Judges deployments whose chips all prefill and decode."""
+    for replicas, stages, part in _parts(on, asked.space):
+        for bench in _benches(config, on, asked, store, replicas * stages, stages):
+            for prefill, decode in layouts(bench.laid, asked.space):
+                free = bench.free_at_least(decode)
+                if free is None:
+                    continue
+                if (free < 0).any():
+                    judge.seen(free[free < 0])
+                rows = np.flatnonzero(free >= 0)
+                if not len(rows):
+                    continue
+                options = [
+                    Option(
                         replicas,
                         part,
-                        laid.network,
+                        bench.laid.network,
                         prefill,
                         decode,
-                        kept,
+                        asked.each[row],
                         Serving.COLOCATED,
                         stages=stages,
                     )
-                    first, later = (bench.coster(phase, kept) for phase in (prefill, decode))
-                    yield _priced(option, first, later, demand, space, tally)
+                    for row in rows.tolist()
+                ]
+                _judge_pair(bench, options, rows, judge)
 
 
 def _parts(on: ChipSlice, space: Space) -> Iterator[tuple[int, int, ChipSlice]]:
@@ -281,55 +289,6 @@ def _handed_s(part: ChipSlice, config: ModelConfig, kept: Kept, tokens: Any) -> 
     return tokens * config.embed_dim * kept.activation_bytes / part.num_chips / link + hop_s
 
 
-def _kept(space: Space) -> list[Kept]:
-    return [Kept(weights, kv) for weights in space.weights for kv in space.kv]
-
-
-class _Bench:
-    """A mesh, and the layouts that were made ready on it; the search alone writes it."""
-
-    def __init__(self, config: ModelConfig, laid: Laid, stages: int = 1) -> None:
-        self.config, self.laid, self.stages = config, laid, stages
-        self._shares: dict[PhaseLayout, Share | None] = {}
-        self._costers: dict[PhaseLayout, Coster] = {}
-
-    def share(self, phase: PhaseLayout) -> Share | None:
-        """Returns a device's share; None where the model does not divide."""
-        if phase not in self._shares:
-            try:
-                self._shares[phase] = Share.of(self.config, phase, self.laid.sizes)
-            except UsageError:
-                self._shares[phase] = None
-        return self._shares[phase]
-
-    def coster(self, phase: PhaseLayout, kept: Kept) -> Coster:
-        """Returns what prices a layout that divides."""
-        if phase not in self._costers:
-            share = self.share(phase)
-            assert share is not None
-            traffic = Traffic.of(share.config, phase, self.laid.sizes)
-            parameters = num_parameters(self.config, active=True)
-            self._costers[phase] = Coster(
-                share, traffic, self.laid.network, Kept(), Efficiency.read(), parameters
-            )
-        return replace(self._costers[phase], kept=kept)
-
-    def may_fit(
-        self, decode: PhaseLayout, kept: Kept, demand: Demand, space: Space, tally: _Tally
-    ) -> bool:
-        """Returns whether weights and the smallest batch go into a device."""
-        share = self.share(decode)
-        if share is None:
-            return False
-        on, context = self.laid.network.on, demand.context_tokens
-        each = max(space.batches[0] // self.stages, 1)
-        memory = memory_of(share, on, kept, batch=each, context=context)
-        free = memory.free_bytes - (self.stages - 1) * memory.kv_bytes
-        if free < 0:
-            tally.seen(free)
-        return bool(free >= 0)
-
-
 def ranked(
     config: ModelConfig,
     laid: Laid,
@@ -341,172 +300,118 @@ def ranked(
     context: int = 0,
 ) -> list[tuple[PhaseLayout, Estimate]]:
     """Returns layouts of one step on one mesh, the fastest first; memory is not asked."""
-    bench = _Bench(config, laid)
-    found = [
-        (phase, bench.coster(phase, kept).estimate(batch, new, context))
-        for phase in phases
-        if bench.share(phase) is not None
-    ]
+    found = []
+    for phase in phases:
+        try:
+            made = Coster.of(config, phase, laid.network.on, laid.sizes, kept)
+        except UsageError:
+            continue
+        found.append((phase, made.estimate(batch, new, context)))
     return sorted(found, key=lambda pair: float(pair[1].time_s))
 
 
-def _priced(
-    option: Option,
-    prefill: Coster,
-    decode: Coster,
-    demand: Demand,
-    space: Space,
-    tally: _Tally,
-) -> Points:
-    """Returns all batches, groups and chunks of a layout."""
-    stages = option.stages
-    whole = np.array([size for size in space.batch_sizes if size % stages == 0])
-    batches = whole // stages
-    groups, sizes = _groups_and_chunks(prefill, space, demand.input_tokens)
-    steps = -(-demand.input_tokens // sizes)
-    middle = demand.input_tokens + demand.output_tokens // 2
-    later = decode.estimate(batches, 1, middle, demand.context_tokens)
-    first = prefill.estimate(groups, sizes, (demand.input_tokens - sizes) / 2, demand.input_tokens)
+def _judge_pair(bench: Bench, options: list[Option], rows: np.ndarray, judge: Judge) -> None:
+    """Judges all batches, groups and chunks of two layouts.
+
+    Args:
+        rows: int64[D], the dtypes of the options among those that were asked for.
+    """
+    first, demand = options[0], bench.asked.demand
+    made, done = bench.prefill(first.prefill), bench.decode(first.decode)
+    if not len(done.batch):
+        return
+    stages, replicas = bench.stages, first.replicas
+    whole = done.batch * stages
+    steps = -(-demand.input_tokens // made.chunk)
     handed = [
-        _handed_s(option.part, decode.share.config, option.kept, tokens) if stages > 1 else 0.0
-        for tokens in (batches, groups * sizes)
+        _handed_s(first.part, bench.config, first.kept, tokens) if stages > 1 else 0.0
+        for tokens in (done.batch, made.batch * made.chunk)
     ]
-    stage_s = (np.asarray(later.time_s) + handed[0])[:, None]
-    chunk_s = np.asarray(first.time_s) + handed[1]
+    stage_s, chunk_s = done.time_s[rows] + handed[0], made.time_s[rows] + handed[1]
     # Of one stage, which sets the pace; a prompt's last piece then goes through the others.
-    prompt_s = (steps * chunk_s)[None, :]
-    sequences, group = whole[:, None], groups[None, :]
+    prompt_s = steps * chunk_s
     step_s = stages * stage_s
+    # What no batch and no group can beat.
+    least_s = (prompt_s / made.batch).min(axis=1)
+    request_s = least_s + demand.output_tokens * (step_s / whole).min(axis=1)
+    most = (1 + _ROUNDING) / request_s * replicas
+    wanted = judge.needs(step_s.min(axis=1), prompt_s.min(axis=1), most)
+    if not wanted.any():
+        judge.priced += len(rows) * whole.size * made.batch.size
+        return
+    sequences, group = whole[:, None], made.batch
+    prompt_s, chunk_s = prompt_s[:, None, :], chunk_s[:, None, :]
+    step_s, stage_s = step_s[:, :, None], stage_s[:, :, None]
     request_s = prompt_s / group + demand.output_tokens * step_s / sequences
     tpot_s = step_s + sequences * prompt_s / group / demand.output_tokens
-    ttft_s = prompt_s + (stages - 1) * chunk_s[None, :] + (steps[None, :] - 1) * stage_s
+    ttft_s = prompt_s + (stages - 1) * chunk_s + (steps - 1) * stage_s
     capacity = 1 / request_s
     if demand.rate is not None:
-        load = np.minimum(demand.rate / option.replicas / capacity, 0.999)
+        load = np.minimum(demand.rate / replicas / capacity, 0.999)
         ttft_s = ttft_s + load * prompt_s / (2 * (1 - load))
         # A group of prompts waits for its last.
-        ttft_s = ttft_s + (group - 1) / 2 / (demand.rate / option.replicas)
+        ttft_s = ttft_s + (group - 1) / 2 / (demand.rate / replicas)
     # Steps run one after another: the larger one's temporaries are what is needed.
-    temporary = [e.memory.total_bytes - e.memory.kv_bytes for e in (later, first)]
-    taken = np.maximum(np.asarray(temporary[0])[:, None], np.asarray(temporary[1])[None, :])
-    free = option.part.device_hbm_bytes - taken
-    free = free - stages * np.asarray(later.memory.kv_bytes)[:, None]
+    taken = np.maximum(done.other_bytes[rows][:, :, None], made.other_bytes[rows][:, None, :])
+    free = bench.device_bytes - taken - stages * done.kv_bytes[rows][:, :, None]
     usable = group <= sequences
-    tally.seen(np.where(usable, free, -np.inf))
-    return Points.of(
-        option,
-        np.where(usable, free, -1.0),
-        np.broadcast_to(sequences, free.shape),
-        np.broadcast_to(group, free.shape),
-        np.broadcast_to(sizes[None, :], free.shape),
-        ttft_s,
-        tpot_s,
-        capacity * option.replicas,
+    judge.seen(np.where(usable, free, -np.inf))
+    judge.take(
+        Points.of(
+            options,
+            np.where(usable, free, -1.0),
+            sequences,
+            group,
+            made.chunk,
+            ttft_s,
+            tpot_s,
+            capacity * replicas,
+        )
     )
 
 
-def _groups_and_chunks(
-    prefill: Coster, space: Space, input_tokens: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns how many prompts prefill together, and how many tokens of each in a step."""
-    cut = prefill.share.row_cut
-    most = space.batches[1]
-    groups = sorted({1, *(n for n in (cut, 4 * cut, 16 * cut, 4, 16) if 1 <= n <= most), most})
-    pairs = [(group, chunk) for group in groups for chunk in space.chunk_sizes(input_tokens)]
-    return np.array([g for g, _ in pairs]), np.array([c for _, c in pairs])
-
-
-def _judged(
-    config: ModelConfig, on: ChipSlice, demand: Demand, points: Points, tally: _Tally, top: int
-) -> Found:
+def _judged(config: ModelConfig, on: ChipSlice, demand: Demand, judge: Judge) -> Found:
     def found(verdict: Verdict, **fields: Any) -> Found:
         every: dict[str, Any] = {"best": (), "front": (), "short": {}, "nearest": None}
-        return Found(config, on, demand, verdict, **(every | fields), priced=points.count)
+        return Found(config, on, demand, verdict, **(every | fields), priced=judge.priced)
 
-    def candidate(index: int) -> Candidate:
-        return _candidate(points, index, on, demand)
+    def candidate(point: Point) -> Candidate:
+        return _candidate(point, on, demand)
 
-    fits = points.free >= 0
-    if not fits.any():
-        short = {"bytes": tally.least_short or 0.0, "device_bytes": on.device_hbm_bytes}
+    if not judge.fits:
+        short = {"bytes": judge.least_short or 0.0, "device_bytes": on.device_hbm_bytes}
         return found(Verdict.DOES_NOT_FIT, short=short)
-    misses = _misses(points, demand)
-    worst = np.where(fits, np.max(list(misses.values()), axis=0), np.inf)
-    good = worst <= 0
-    if not good.any():
-        index = int(np.argmin(worst))
-        short = _short(points, index, demand)
-        return found(Verdict.TOO_SLOW, short=short, nearest=candidate(index))
-    score = _score(points, demand)
-    order = np.argsort(np.where(good, score, np.inf), kind="stable")[: int(good.sum())]
-    chosen: dict[int, int] = {}
-    for index in order.tolist():
-        chosen.setdefault(int(points.option[index]), index)
-        if len(chosen) == top:
-            break
-    best = tuple(candidate(index) for index in chosen.values())
-    front = tuple(candidate(index) for index in _front(points, good))
-    return found(Verdict.OK, best=best, front=front)
+    if not judge.best:
+        assert judge.nearest is not None
+        short = _short(judge.nearest, demand)
+        return found(Verdict.TOO_SLOW, short=short, nearest=candidate(judge.nearest))
+    best = tuple(candidate(point) for _, point in judge.best)
+    return found(Verdict.OK, best=best, front=tuple(map(candidate, judge.front)))
 
 
-def _misses(points: Points, demand: Demand) -> dict[str, np.ndarray]:
-    """Returns by what share each limit is missed; at most zero where it is met."""
-    found = {"none": np.full(points.free.shape, -1.0)}
-    if demand.ttft_s is not None:
-        found["ttft"] = points.ttft_s / demand.ttft_s - 1
-    if demand.tpot_s is not None:
-        found["tpot"] = points.tpot_s / demand.tpot_s - 1
-    if demand.rate is not None:
-        found["rate"] = demand.rate / (FULL * points.rate) - 1
-    return found
-
-
-def _short(points: Points, index: int, demand: Demand) -> dict[str, float]:
+def _short(point: Point, demand: Demand) -> dict[str, float]:
     found = {}
-    if demand.ttft_s is not None and (over := points.ttft_s[index] - demand.ttft_s) > 0:
-        found["ttft_ms"] = float(over) * 1e3
-    if demand.tpot_s is not None and (over := points.tpot_s[index] - demand.tpot_s) > 0:
-        found["tpot_ms"] = float(over) * 1e3
-    if demand.rate is not None and (over := demand.rate - FULL * points.rate[index]) > 0:
-        found["requests_per_s"] = float(over)
+    if demand.ttft_s is not None and (over := point.ttft_s - demand.ttft_s) > 0:
+        found["ttft_ms"] = over * 1e3
+    if demand.tpot_s is not None and (over := point.tpot_s - demand.tpot_s) > 0:
+        found["tpot_ms"] = over * 1e3
+    if demand.rate is not None and (over := demand.rate - FULL * point.rate) > 0:
+        found["requests_per_s"] = over
     return found
 
 
-def _score(points: Points, demand: Demand) -> np.ndarray:
-    """Returns what is to be least: a slice is paid for whole, so most tokens cost the least.
-
-    Where it carries the rate that is asked for, more would be for nothing: then it is the time.
-    """
-    carried = demand.rate is not None and demand.objective is Objective.COST
-    if demand.objective is Objective.LATENCY or carried:
-        return points.ttft_s + demand.output_tokens * points.tpot_s
-    return -points.rate
-
-
-def _front(points: Points, good: np.ndarray) -> list[int]:
-    indices = np.flatnonzero(good)
-    order = indices[np.lexsort((-points.rate[indices], points.tpot_s[indices]))]
-    kept, most = [], -math.inf
-    for index in order.tolist():
-        if points.rate[index] > most:
-            kept.append(index)
-            most = points.rate[index]
-    return kept
-
-
-def _candidate(points: Points, index: int, on: ChipSlice, demand: Demand) -> Candidate:
-    rate = float(points.rate[index])
-    tokens = rate * demand.output_tokens
+def _candidate(point: Point, on: ChipSlice, demand: Demand) -> Candidate:
+    tokens = point.rate * demand.output_tokens
     usd = None if on.usd_hour is None else on.usd_hour / 3600 / tokens * 1e6
     return Candidate(
-        points.options[int(points.option[index])],
-        int(points.batch[index]),
-        int(points.group[index]),
-        int(points.chunk[index]),
-        float(points.ttft_s[index]),
-        float(points.tpot_s[index]),
+        point.option,
+        point.batch,
+        point.group,
+        point.chunk,
+        point.ttft_s,
+        point.tpot_s,
         tokens,
-        rate,
+        point.rate,
         usd,
-        float(points.free[index]),
+        point.free,
     )
