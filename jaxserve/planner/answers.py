@@ -21,7 +21,7 @@ from rich.console import Console, Group, RenderableType
 from jaxserve.config import KvDtype, ModelConfig, Quantization
 from jaxserve.errors import UsageError
 from jaxserve.partitioning.dtypes import Stored
-from jaxserve.partitioning.estimate import Coster, Estimate, Term
+from jaxserve.partitioning.estimate import Coster, Estimate, Term, band
 from jaxserve.partitioning.hardware import ChipSlice
 from jaxserve.partitioning.layout import Heads
 from jaxserve.partitioning.layout_file import Buckets, Dtypes, Layout, model_digest
@@ -139,6 +139,8 @@ class Room(_Shown):
             "hbm_fraction": self.hbm_fraction,
             "budget_bytes": self.budget_bytes,
             "max_context_tokens": self.max_context_tokens,
+            "estimate": False,
+            "band": 0.0,  # a count of bytes
         }
 
     def __rich__(self) -> RenderableType:
@@ -226,6 +228,7 @@ class Plan(_Shown):
             "rate": demand.rate,
             "objective": str(demand.objective),
             "estimate": True,
+            "band": band(found.on),
             "verdict": str(found.verdict),
             "short": found.short,
             "why": found.why,
@@ -236,7 +239,6 @@ class Plan(_Shown):
         if found.nearest is not None:
             fields["nearest"] = candidate_fields(found.nearest)
         if found.verdict is Verdict.OK:
-            fields["band"] = self.steps["decode"].band
             fields["steps"] = {
                 name: {
                     "time_s": float(step.time_s),

@@ -251,8 +251,9 @@ def check_expert(expert: int) -> None:
     """Raises an UnsupportedError for an axis that is neither carried out nor priced."""
     if expert != 1:
         raise UnsupportedError(
-            f"expert={expert} is not supported: every device has a part of each expert; leave it "
-            "at 1"
+            f"expert={expert} is not supported: the mesh has the axis in name alone, and what it "
+            "would send is not known before a layout carries it out; leave it at 1: a model with "
+            "experts is planned with a part of each on every device, which is how it is served"
         )
 
 

@@ -84,6 +84,8 @@ def compared(
 
 def _numbers(found: Mapping[str, Any]) -> dict[tuple[str, str], float]:
     numbers: dict[tuple[str, str], float] = {}
+    if found.get("band") is not None:
+        numbers["band, share of a time", ""] = found["band"]
     if "best" in found:
         if found["best"]:
             best = found["best"][0]

@@ -14,13 +14,18 @@ from jaxserve.errors import ConfigError, JaxserveError, UsageError
 from jaxserve.models.family import family_for
 from jaxserve.models.named import model_names, named_config
 
+MOST_LAYERS = 10_000
+"""More of them are a mistake, and would take minutes and gigabytes to be listed."""
+
+_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+
 
 def plan_config(model: str | Path | ModelConfig) -> ModelConfig:
     """Returns an architecture.
 
     Raises:
         UsageError: there is no such name and no such file.
-        ConfigError: config.json lacks a field, or has one that is not known.
+        ConfigError: config.json lacks a field, or has one that is not known, or too many layers.
         UnsupportedError: the family is not supported.
     """
     if isinstance(model, ModelConfig):
@@ -41,6 +46,11 @@ def plan_config(model: str | Path | ModelConfig) -> ModelConfig:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{path} is no JSON object; give a model's config.json")
+    for name in _COUNTS:
+        if isinstance(count := fields.get(name), int) and count > MOST_LAYERS:
+            raise ConfigError(
+                f"{path}: {name}={count} is more than {MOST_LAYERS} layers; give the model's own"
+            )
     try:
         return family_for(fields).config(fields)
     except JaxserveError as error:

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from jaxserve.partitioning.estimate import Estimate, Term
+from jaxserve.partitioning.estimate import Estimate, Term, band
 from jaxserve.partitioning.search import Candidate, Verdict
 
 if TYPE_CHECKING:
@@ -31,14 +31,14 @@ def plan(answer: Plan) -> RenderableType:
     ]
     head = Text(f"{answer.model} on {found.on}: {', '.join(limits)}; best {demand.objective}")
     if found.verdict is not Verdict.OK:
-        parts: list[RenderableType] = [head, Text(found.why)]
+        within = f"times are estimates, within {band(found.on):.0%}; memory is summed up"
+        parts: list[RenderableType] = [head, Text(found.why), Text(within)]
         if found.nearest is not None:
             parts.append(candidates("nearest", [found.nearest]))
         return Group(*parts)
-    band = answer.steps["decode"].band
     notes = Text(
-        f"estimates, within {band:.0%} where the program is as good as those that were measured; "
-        f"{found.priced:,} deployments priced"
+        f"estimates, within {band(found.on):.0%} where the program is as good as those that were "
+        f"measured; {found.priced:,} deployments priced"
     )
     parts = [head, candidates("best", found.best), plot(found.front), notes]
     if lacking := answer.best.option.not_run():
@@ -48,8 +48,13 @@ def plan(answer: Plan) -> RenderableType:
 
 def sizes(plans: Sequence[Plan]) -> Table:
     """Returns slices that carry a load, the cheapest first."""
-    table = Table(caption="estimates; the smallest slice of each chip that does")
-    for name in ("slice", "layout", "batch", "TTFT", "TPOT", "requests/s", "$/hour", "runs"):
+    table = Table(
+        caption="The smallest slice of each chip that does. Times are estimates, each within its "
+        "band. TTFT counts the wait for a turn and for the prompts of the same step: where many "
+        "prompts go together at a low rate most of it is that; --ttft asks for less."
+    )
+    names = ("slice", "layout", "batch", "prompts", "TTFT", "TPOT", "band", "requests/s", "$/hour")
+    for name in (*names, "runs"):
         table.add_column(name, justify="left" if name in ("slice", "layout") else "right")
     for one in plans:
         best = one.best
@@ -57,8 +62,10 @@ def sizes(plans: Sequence[Plan]) -> Table:
             one.found.on.name,
             str(best.option),
             str(best.batch),
+            str(best.group),
             ms(best.ttft_s),
             ms(best.tpot_s),
+            f"± {band(one.found.on):.0%}",
             f"{best.requests_per_s:,.2f}",
             f"{one.found.on.usd_hour:,.2f}",
             "no" if best.option.not_run() else "yes",
@@ -168,7 +175,7 @@ def room(answer: Room) -> RenderableType:
     return Text(
         f"{answer.max_context_tokens:,} tokens of {answer.batch} sequences by {answer.attention} "
         f"on {answer.on} as {answer.mesh}: {answer.hbm_fraction:.0%} of a device's memory, "
-        f"{answer.budget_bytes / 1e9:,.2f} GB, for keys and values"
+        f"{answer.budget_bytes / 1e9:,.2f} GB, for keys and values; exact, as bytes are counted"
     )
 
 

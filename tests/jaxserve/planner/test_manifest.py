@@ -40,7 +40,7 @@ def options_of(command: str) -> set[str]:
 
 
 def given(arguments: list[str]) -> dict[str, str]:
-    return dict(option.split("=", 1) for option in arguments)
+    return {name: value for name, _, value in (one.partition("=") for one in arguments)}
 
 
 def patched(folder: Path) -> dict[str, Any]:

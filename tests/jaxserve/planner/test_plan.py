@@ -90,7 +90,11 @@ def test_what_is_too_slow_fails_with_the_milliseconds():
         (("--weights", "int3"), UsageError, "weights='int3' is not known"),
         (("--attention", "rows"), UsageError, "attention='rows' is not known; use one of heads"),
         (("--isl", "9000"), UsageError, "the model's context is 8192"),
-        (("--expert", "2"), UnsupportedError, "expert=2 is not supported"),
+        (
+            ("--expert", "2"),
+            UnsupportedError,
+            "expert=2 is not supported: the mesh has the axis in name alone",
+        ),
         (("--pipeline", "0"), UsageError, "max_stages=0"),
     ],
 )
@@ -120,6 +124,9 @@ def test_a_config_is_all_that_is_needed(tmp_path: Path):
     del fields["hidden_size"]
     path.write_text(json.dumps(fields))
     with pytest.raises(ConfigError, match="hidden_size"):
+        plan_config(path)
+    path.write_text(json.dumps(fields | {"hidden_size": 256, "num_hidden_layers": 10**12}))
+    with pytest.raises(ConfigError, match="num_hidden_layers=1000000000000 is more than 10000"):
         plan_config(path)
     path.write_text(json.dumps({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}))
     with pytest.raises(UnsupportedError, match="amba"):
@@ -180,6 +187,26 @@ def test_a_plan_without_an_answer_says_why(plan: planner.Plan):
     assert "does not fit" in str(none)
     with pytest.raises(UsageError, match="does not fit"):
         _ = none.best
+
+
+def test_every_answer_states_its_band(tmp_path: Path):
+    slow = planner.search(
+        "llama-3-8b", "v5e:2x2", input_tokens=100, output_tokens=10, tpot_s=1e-6, batch=(1, 2)
+    )
+    none = planner.search("palm-540b", "v5e:2x2", input_tokens=100, output_tokens=10)
+    for plan in (slow, none):
+        assert plan.fields()["band"] == 0.4
+        assert "within 40%" in str(plan)
+    words = ["llama-3-8b", "--isl", "100", "--osl", "10", "--batch", "1:4", "--max-chips", "4"]
+    size = ("plan", "size", *words, "--rate", "1", "--chip", "v4,v6e")
+    assert [one["band"] for one in json.loads(run(*size, "--json"))["slices"]] == [0.2, 0.15]
+    assert "± 20%" in run(*size) and "± 15%" in run(*size)
+    room = planner.max_context("palm-540b", "v4:4x4x4", batch=128)
+    assert room.fields()["band"] == 0.0 and "exact" in str(room)
+    step = planner.estimate("llama-3-8b", "v4:2x2x1")
+    assert "± 15%" in str(step)
+    found = compared(step.fields(), step.fields(), ("a", "b"))
+    assert ("band, share of a time", "", 0.15, 0.15) in found.rows
 
 
 def test_two_estimates_are_compared_term_by_term(tmp_path: Path):
