@@ -13,6 +13,7 @@ Needs `pip install 'jaxserve[ray]'`.
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,7 @@ from jaxserve.serving.ray_routing import (
     ranked,
     wanted_replicas,
 )
+from jaxserve.serving.recovery import Recovery
 from jaxserve.serving.request import SamplingParams
 from jaxserve.serving.server_options import ServerOptions
 from jaxserve.serving.service import Service, State
@@ -46,6 +48,7 @@ from jaxserve.serving.wire import Start
 
 STATS_S = 1.0
 """Seconds between two reports of a replica."""
+START_S = 600.0
 HEADROOM = 4
 """So many times the requests that a replica should have may be sent to it at once."""
 
@@ -53,14 +56,18 @@ HEADROOM = 4
 class Replica:
     """One model on the devices of one replica; its engine has a process of its own."""
 
-    async def __init__(self, start: Start, options: ServerOptions) -> None:
+    async def __init__(
+        self, start: Start, options: ServerOptions, start_s: float = START_S
+    ) -> None:
         """Starts the engine; Ray sends nothing before that is done.
 
         Args:
             start: what to serve.
             options: of the HTTP routes.
+            start_s: how long a lost engine may take to be back.
         """
         self._service = self._make(start, options)
+        self._recovery = Recovery(start_s)
         self._options = options
         self._http: Any = None
         await self._service.start()
@@ -118,9 +125,11 @@ class Replica:
         return {"kv_use": 1.0 - load.free_pages / load.total_pages}
 
     async def check_health(self) -> None:
-        """Raises while the engine is lost; if it does not come back, Ray replaces the replica."""
-        if self._service.state is State.DEAD:
-            raise RuntimeError(self._service.reason)
+        """Raises when a lost engine is not back in time: Ray then replaces the replica."""
+        service = self._service
+        restarts = getattr(service, "restarts", 0)  # of a service whose engine can be lost
+        if self._recovery.given_up(service.failed, restarts, time.monotonic()):
+            raise RuntimeError(service.reason)
 
     async def __del__(self) -> None:
         if hasattr(self, "_service"):
@@ -206,6 +215,7 @@ def application(
     max_replicas: int = 4,
     requests_each: int = 32,
     actor: Mapping[str, Any] | None = None,
+    start_s: float = START_S,
 ) -> Any:
     """Returns the application of a model, for `serve.run`.
 
@@ -214,6 +224,7 @@ def application(
         replica: what serves.
         num_replicas: how many; None scales between 1 and `max_replicas`.
         requests_each: how many requests a replica should have under way.
+        start_s: how long a lost engine may take to be back before its replica is replaced.
         actor: what a replica takes of a node, as `ray_actor_options`: {"resources": {"TPU": 4}}.
     """
     sized: dict[str, Any] = {"num_replicas": num_replicas}
@@ -236,4 +247,4 @@ def application(
         ),
         **sized,
     )(serve.ingress(_forward)(replica))
-    return made.bind(start, options or ServerOptions(model_name=name_of(start.model)))
+    return made.bind(start, options or ServerOptions(model_name=name_of(start.model)), start_s)

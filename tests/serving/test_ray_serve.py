@@ -1,8 +1,10 @@
 """Two replicas of a model on a local Ray cluster: streams, HTTP, routing, and a dead replica."""
 
+import asyncio
 import json
 import os
 import signal
+import time
 import urllib.request
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -110,6 +112,42 @@ def test_many_requests_bring_another_replica(cluster: tuple[Any, int]) -> None:
     for stream in streams:
         stream.cancel()
     serve.delete("scaled")
+
+
+def test_a_replica_outlives_its_engine_while_that_starts_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from jaxserve.serving import ray_serve
+    from jaxserve.serving.fake_service import remote_fake
+    from jaxserve.serving.server_options import ServerOptions
+    from jaxserve.serving.supervisor import Backoff
+
+    service = remote_fake(Backoff(first_s=1000.0))
+
+    class Lost(ray_serve.Replica):
+        """A replica whose engine does not come back."""
+
+        def _make(self, start: Start, options: Any) -> Any:
+            return service
+
+    async def work() -> None:
+        replica: Any = Lost.__new__(Lost)
+        await replica.__init__(Start("fake"), ServerOptions(model_name="fake"), start_s=50.0)
+        await replica.check_health()
+        os.kill(service.engine_pid or 0, signal.SIGKILL)
+        while not service.failed:
+            await asyncio.sleep(0.01)
+        await replica.check_health()
+        now = time.monotonic()
+        monkeypatch.setattr(ray_serve.time, "monotonic", lambda: now + 49)
+        await replica.check_health()
+        monkeypatch.setattr(ray_serve.time, "monotonic", lambda: now + 51)
+        with pytest.raises(RuntimeError, match="SIGKILL"):
+            await replica.check_health()
+        monkeypatch.undo()
+        await service.stop()
+
+    asyncio.run(asyncio.wait_for(work(), WAIT_S))
 
 
 def running(name: str) -> int:
