@@ -62,6 +62,7 @@ class Term:
         origin: of the rate that made seconds of it.
         note: of a collective, the axes and how they lie.
         ahead: it waits for no activation, so it may run beside others.
+        count, hops_s: of collectives, how many they are, and the seconds of their ways alone.
     """
 
     name: str
@@ -72,6 +73,15 @@ class Term:
     origin: Origin
     note: str = ""
     ahead: bool = False
+    count: int = 0
+    hops_s: float = 0.0
+
+    @property
+    def remark(self) -> str:
+        """Returns the note; of collectives also how many they are."""
+        if not self.count:
+            return self.note
+        return f"{self.note}, {self.count} in all, hops {self.hops_s * 1e3:.3g} ms"
 
 
 @dataclass(frozen=True)
@@ -319,8 +329,10 @@ class Coster:
                 "bytes",
                 seconds,
                 origin,
-                f"{note}, {flow.count} in all, hops {flow.count * hops_s * 1e3:.3g} ms",
-                ahead=flow.gathers_weights,
+                note,
+                flow.gathers_weights,
+                flow.count,
+                flow.count * hops_s,
             )
 
     @property

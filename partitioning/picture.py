@@ -185,16 +185,21 @@ class LayoutView:
 
     def svg(self) -> str:
         """Returns the arrays as one SVG image."""
-        drawn, left, bottom = [], _GAP, 0.0
+        drawn: list[str] = []
+        left: float = _GAP
+        top: float = _TOP
+        bottom = right = 0.0
         for panel in self.panels():
             width, height, body = self._drawn(panel)
-            drawn.append(f'<g transform="translate({left},{_TOP})">{body}</g>')
+            if left > _GAP and left + width + _GAP > _PAGE:  # goes on below
+                left, top = _GAP, bottom + _TOP + _GAP
+            drawn.append(f'<g transform="translate({left},{top})">{body}</g>')
             left += width + _GAP
-            bottom = max(bottom, height)
-        height = bottom + _TOP + _GAP
+            right, bottom = max(right, left), max(bottom, top + height)
+        height = bottom + _GAP
         return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{left:.0f}" height="{height:.0f}" '
-            f'viewBox="0 0 {left:.0f} {height:.0f}" font-family="sans-serif" font-size="11">'
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{right:.0f}" height="{height:.0f}" '
+            f'viewBox="0 0 {right:.0f} {height:.0f}" font-family="sans-serif" font-size="11">'
             f'<rect width="100%" height="100%" fill="white"/>{"".join(drawn)}</svg>'
         )
 
@@ -241,6 +246,9 @@ class LayoutView:
 
 
 _CELL, _GAP, _TOP, _WIDEST = 26, 28, 44, 190
+
+_PAGE = 1150
+"""Width in which arrays stand side by side, as a page has it."""
 
 
 def _names(chips: Sequence[int]) -> str:

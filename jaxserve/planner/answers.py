@@ -353,7 +353,7 @@ def term_fields(term: Term) -> dict[str, Any]:
         "unit": term.unit,
         "seconds": float(term.seconds),
         "origin": str(term.origin),
-        "note": term.note,
+        "note": term.remark,
     }
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from jaxserve.errors import UnsupportedError
 from jaxserve.partitioning.estimate import Estimate, Part
 from jaxserve.partitioning.picture import LayoutView
-from jaxserve.planner.show import merged, ms
+from jaxserve.planner.show import amount, merged, ms
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,6 +34,9 @@ COLOURS = {
     Part.HOST: "#9c6b4e",
     Part.OVERLAP: "#bbbbbb",
 }
+
+_DARK = (Part.COMPUTE, Part.COLLECTIVE, Part.HOST)
+"""Colours that white is read on."""
 
 _MOST_CHIPS = 64
 """A map of more chips than these would not be legible."""
@@ -86,7 +89,8 @@ def html(plan: Plan) -> str:
         title=escape.escape(f"{plan.model} on {found.on}"),
         limits=escape.escape("; ".join(limits)),
         option=escape.escape(str(best.option)),
-        sizes=f"{best.batch} sequences; {best.group} prompts of {best.chunk} tokens in a step",
+        sizes=f"{_count(best.batch, 'sequence')}; "
+        f"{_count(best.group, 'prompt')} of {best.chunk} tokens in a step",
         warning=warning,
         cards=cards,
         band=f"{steps['decode'].band:.0%}",
@@ -142,19 +146,21 @@ def _draw_front(axes: Axes, plan: Plan) -> None:
             f"B={one.batch}",
             (one.tpot_s * 1e3, one.tokens_per_s),
             textcoords="offset points",
-            xytext=(6, -11),
+            xytext=(-5, 5),
+            ha="right",
             fontsize=8,
         )
     limit = plan.found.demand.tpot_s
     if limit is not None:
         axes.axvline(limit * 1e3, color="#888888", linestyle="--", linewidth=1)
         axes.annotate(
-            "limit", (limit * 1e3, 0.02), xycoords=("data", "axes fraction"), fontsize=8, ha="right"
+            "limit", (limit * 1e3, 0.96), xycoords=("data", "axes fraction"), fontsize=8, ha="right"
         )
     axes.set(xlabel="ms a token", ylabel="tokens/s", title="Pareto front of the whole slice")
+    axes.margins(x=0.09, y=0.1)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left", fontsize=8)
+    axes.legend(loc="lower right", fontsize=8)
 
 
 def _draw_terms(axes: Axes, name: str, step: Estimate) -> None:
@@ -181,18 +187,24 @@ def _draw_terms(axes: Axes, name: str, step: Estimate) -> None:
         if seconds > 0.12 * total:
             middle = (at + seconds / 2) * 1e3
             axes.annotate(
-                f"{term.name}\n{ms(seconds)}", (middle, 0), ha="center", va="center", fontsize=7
+                f"{term.name}\n{ms(seconds)}",
+                (middle, 0),
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if term.part in _DARK else "black",
             )
         at += seconds
     axes.set(yticks=[], xlabel="ms", title=f"{name} step: {ms(total)} ± {step.band:.0%}")
-    axes.set(xlim=(0, None), ylim=(-0.5, 0.8))
+    # What overlaps has a bar of its own above.
+    axes.set(xlim=(0, None), ylim=(-0.5, 0.8 if Part.OVERLAP in seen else 0.5))
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
 
 
 def _draw_memory(axes: Axes, steps: dict[str, Estimate]) -> None:
     names = ("weights", "kv", "gathered", "activation", "logits", "reserve")
-    colours = ("#efb118", "#ff725c", "#97bbf5", "#6cc5b0", "#a463f2", "#bbbbbb")
+    colours = ("#efb118", "#ff725c", "#ff8ab7", "#6cc5b0", "#a463f2", "#bbbbbb")
     for row, (name, step) in enumerate(steps.items()):
         left = 0.0
         for part, colour in zip(names, colours, strict=True):
@@ -249,11 +261,11 @@ def _terms(name: str, step: Estimate) -> str:
         (
             term.name,
             term.part,
-            f"{float(term.amount):,.4g} {term.unit}",
+            amount(term),
             ms(float(term.seconds)),
             f"{float(term.seconds) / float(step.time_s):.1%}",
             term.origin,
-            term.note,
+            term.remark,
         )
         for term in merged(step.terms)
     ]
@@ -284,11 +296,19 @@ def _chips(plan: Plan) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     top = "".join(f"<th>{escape.escape(name)}</th>" for name in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape.escape(str(cell))}</td>" for cell in row) + "</tr>"
-        for row in rows
-    )
+    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
     return f"<table><tr>{top}</tr>{body}</table>"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _cell(value: object) -> str:
+    """Returns a cell; numbers stand one below the other."""
+    text = str(value)
+    kind = " class='n'" if text[:1].isdigit() or text[:1] == "-" else ""
+    return f"<td{kind}>{escape.escape(text)}</td>"
 
 
 _PAGE = """<!doctype html>
@@ -298,6 +318,7 @@ body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2rem au
 h1 {{ margin-bottom: 0; }} img {{ max-width: 100%; }}
 table {{ border-collapse: collapse; margin: 0.5rem 0 1.5rem; font-size: 13px; }}
 th, td {{ text-align: left; padding: 3px 10px; border-bottom: 1px solid #ddd; }}
+td.n {{ text-align: right; white-space: nowrap; }}
 .cards {{ display: flex; gap: 1rem; flex-wrap: wrap; margin: 1rem 0; }}
 .cards div {{ background: #f4f5f8; border-radius: 8px; padding: 0.6rem 1.2rem; }}
 .cards b {{ font-size: 22px; display: block; }} .cards span {{ color: #666; }}

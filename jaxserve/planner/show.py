@@ -144,7 +144,7 @@ def terms(title: str, found: Estimate) -> Table:
     for term in merged(found.terms):
         seconds = float(term.seconds)
         bar = "█" * round(_BAR * abs(seconds) / longest)
-        note = f" {term.note.partition(',')[0]}" if term.note else ""
+        note = f" {term.note}" if term.note else ""
         table.add_row(
             f"{term.name}{note}",
             str(term.part),
@@ -185,11 +185,15 @@ def merged(found: Sequence[Term]) -> list[Term]:
 
     kept: dict[tuple[str, str, str], Term] = {}
     for term in found:
-        key = term.name, str(term.part), term.note.partition(",")[0]
+        key = term.name, str(term.part), term.note
         if key in kept:
             old = kept[key]
             kept[key] = replace(
-                old, amount=old.amount + term.amount, seconds=old.seconds + term.seconds
+                old,
+                amount=old.amount + term.amount,
+                seconds=old.seconds + term.seconds,
+                count=old.count + term.count,
+                hops_s=old.hops_s + term.hops_s,
             )
         else:
             kept[key] = term

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import re
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,11 @@ from jaxserve.cli import app
 from jaxserve.errors import ConfigError, JaxserveError, UnsupportedError, UsageError
 from jaxserve.models.named import named_config
 from jaxserve.partitioning.layout_file import read_layout
+from jaxserve.partitioning.picture import LayoutView
 from jaxserve.planner.compare import compared, read
 from jaxserve.planner.manifest import benchmark_script, deployment
 from jaxserve.planner.model import plan_config
+from jaxserve.planner.show import merged
 
 PALM = [
     "estimate", "palm-540b", "--slice", "v4:4x4x4", "--phase", "decode", "--batch", "64",
@@ -187,6 +191,32 @@ def test_a_plan_without_an_answer_says_why(plan: planner.Plan):
     assert "does not fit" in str(none)
     with pytest.raises(UsageError, match="does not fit"):
         _ = none.best
+
+
+def test_collectives_of_one_line_are_counted_together(plan: planner.Plan):
+    terms = plan.steps["decode"].terms
+    found = merged(terms)
+    assert sum(term.count for term in found) == sum(term.count for term in terms) > len(found)
+    assert sum(float(t.hops_s) for t in found) == pytest.approx(sum(t.hops_s for t in terms))
+    for term in found:
+        assert not term.count or f", {term.count} in all, hops " in term.remark
+
+
+def test_a_map_of_chips_is_no_wider_than_its_page():
+    made = planner.search(
+        "llama-3-70b", "v4:4x4x4", input_tokens=500, output_tokens=100, max_replicas=1
+    )
+    width, places = 0.0, []
+    assert made.layout is not None
+    image = ET.fromstring(LayoutView(made.layout, made.found.config).svg())
+    for part in image:
+        if at := re.fullmatch(r"translate\((.+),(.+)\)", part.get("transform", "")):
+            places.append((float(at[1]), float(at[2])))
+            cells = [box for box in part if box.tag.endswith("rect")]
+            right = max(float(box.get("x", 0)) + float(box.get("width", 0)) for box in cells)
+            width = max(width, float(at[1]) + right)
+    assert len(places) == len(set(places)) == 5
+    assert width < float(image.get("width", 0)) <= 1180
 
 
 def test_every_answer_states_its_band(tmp_path: Path):
