@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import jax
-import jaxlib
+import jaxlib.version
 import msgspec
 import pytest
 
@@ -327,8 +327,13 @@ def test_names_of_ranks() -> None:
     assert named([1, 3, 5]) == "ranks 1, 3 and 5"
 
 
-SHAPES = {"max_sequences": 3, "max_step_tokens": 99, "page_size": 32, "kv_bytes": 1 << 20}
-QUEUES = {
+SHAPES: dict[str, Any] = {
+    "max_sequences": 3,
+    "max_step_tokens": 99,
+    "page_size": 32,
+    "kv_bytes": 1 << 20,
+}
+QUEUES: dict[str, Any] = {
     "prefix_cache": False,
     "policy": "fair",
     "client_weights": {"a": 2.0},
@@ -353,7 +358,7 @@ def test_what_shapes_a_step_is_in_the_hash_and_nothing_else() -> None:
 
 def test_versions_are_those_of_the_installed_packages(tmp_path: Any) -> None:
     found = identity_of(Start("tiny"), tmp_path, 2)
-    assert (found.jax, found.jaxlib) == (jax.__version__, jaxlib.__version__)
+    assert (found.jax, found.jaxlib) == (jax.__version__, jaxlib.version.__version__)
     assert found.libtpu == ("none" if find_spec("libtpu") is None else version("libtpu"))
     with pytest.MonkeyPatch.context() as patch:
 
