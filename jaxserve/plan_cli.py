@@ -28,7 +28,8 @@ class _Short(TyperGroup):
 
 app = typer.Typer(
     cls=_Short,
-    help="Search slices, layouts and batches for a model and a load; `plan MODEL` is search.",
+    help="Search slices, layouts and batches for a model and a load. `plan MODEL` is search: "
+    "jaxserve plan llama-3-70b --slice v5e:4x4 --isl 4000 --osl 500",
     no_args_is_help=True,
 )
 hardware = typer.Typer(help="The chips that are known, and where their numbers come from.")
@@ -216,7 +217,10 @@ def compare(
     """Show two plans or estimates term by term."""
     from jaxserve.planner.compare import compared, read
 
-    found = compared(read(first), read(second), (first.name, second.name))
+    names = first.name, second.name
+    if first.name == second.name:
+        names = str(first), str(second)
+    found = compared(read(first), read(second), names)
     if json_output:
         typer.echo(json.dumps(found.fields()))
     else:

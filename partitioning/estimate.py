@@ -301,11 +301,10 @@ class Coster:
             written = written + size * rows * new / self.share.stripes
             read = read + size * rows * _read(spec, new, context) / self.share.stripes
         peak = self.on.chip.flops.number / self.on.chip.devices * self.efficiency.matmul
+        origin = Origin.FITTED
         if curve := self.on.chip.curves.get("matmul"):
-            peak = _at(curve, rows * new) / self.on.chip.devices
-        yield Term(
-            "attention", Part.COMPUTE, flops, "flop", flops / peak, Origin.FITTED, ahead=True
-        )
+            peak, origin = _at(curve, rows * new) / self.on.chip.devices, Origin.MEASURED
+        yield Term("attention", Part.COMPUTE, flops, "flop", flops / peak, origin, ahead=True)
         layers = self.share.config.num_layers
         yield self._memory("keys and values read", Part.KV, read / layers, layers)
         yield self._memory("keys and values written", Part.KV, written / layers, layers)

@@ -21,6 +21,7 @@ equal service times: r S / 2 (1 - r) at load r.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -140,6 +141,21 @@ class Found:
     priced: int
 
     @property
+    def worst_miss(self) -> float:
+        """Returns by what share the nearest deployment misses a limit; infinite where none fits."""
+        one, demand = self.nearest, self.demand
+        if one is None:
+            return math.inf
+        shares = [0.0]
+        if demand.ttft_s is not None:
+            shares.append(one.ttft_s / demand.ttft_s - 1)
+        if demand.tpot_s is not None:
+            shares.append(one.tpot_s / demand.tpot_s - 1)
+        if demand.rate is not None:
+            shares.append(demand.rate / (FULL * one.requests_per_s) - 1)
+        return max(shares)
+
+    @property
     def why(self) -> str:
         """Returns in words what is missing."""
         match self.verdict:
@@ -159,7 +175,10 @@ class Found:
             parts.append(f"a token takes {self.short['tpot_ms']:,.1f} ms too long")
         if "requests_per_s" in self.short:
             parts.append(f"{self.short['requests_per_s']:,.3f} requests/s short")
-        return f"too slow, at best: {', '.join(parts)}; it fits, but not within these limits"
+        return (
+            f"too slow, at best: {', '.join(parts)}; it fits, but not within these limits: "
+            "allow more, or use more or faster chips, or smaller dtypes"
+        )
 
 
 def search(

@@ -102,7 +102,7 @@ def size(
     demand = Demand(input_tokens, output_tokens, ttft_s, tpot_s, rate, Objective.COST)
     space = _space(batch, weights, kv, (), (), False, 256)
     found: list[Plan] = []
-    last: Plan | None = None
+    others: list[Plan] = []
     for name in names:
         if name not in known:
             raise UsageError(f"chip {name!r} is not known; known: {', '.join(known)}")
@@ -112,12 +112,13 @@ def size(
             continue
         for on in shapes(known[name], max_chips):
             plan = Plan(str(_label(model)), search_slice(config, on, demand, space, 3))
-            last = plan
+            others.append(plan)
             if plan.found.verdict is Verdict.OK:
                 found.append(plan)
                 break
     if not found:
-        why = f"; on {last.found.on}, {last.found.why}" if last is not None else ""
+        nearest = min(others, key=lambda plan: plan.found.worst_miss, default=None)
+        why = "" if nearest is None else f"; nearest is {nearest.found.on}: {nearest.found.why}"
         raise UsageError(f"no slice of up to {max_chips} chips carries {rate} requests/s{why}")
     return sorted(found, key=lambda plan: plan.found.on.usd_hour or 0.0)
 

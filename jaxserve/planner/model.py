@@ -6,6 +6,7 @@ plan_config("palm-540b"); plan_config("DIR"); plan_config("DIR/config.json")
 from __future__ import annotations
 
 import json
+from difflib import get_close_matches
 from pathlib import Path
 
 from jaxserve.checkpoint.locate import EMBEDDED, locate
@@ -36,10 +37,7 @@ def plan_config(model: str | Path | ModelConfig) -> ModelConfig:
     if path.is_dir():
         path = path / "config.json"
     if not path.is_file():
-        raise UsageError(
-            f"model {str(model)!r} is not known: it is no file, no directory with a config.json, "
-            f"and none of {', '.join([*EMBEDDED, *model_names()])}"
-        )
+        raise UsageError(_unknown(str(model)))
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -55,3 +53,14 @@ def plan_config(model: str | Path | ModelConfig) -> ModelConfig:
         return family_for(fields).config(fields)
     except JaxserveError as error:
         raise type(error)(f"{path}: {error}") from error
+
+
+def _unknown(model: str) -> str:
+    """Returns that there is no such model, and the names that are like it, or all."""
+    known = [*EMBEDDED, *model_names()]
+    like = [name for name in known if model.lower() in name] or get_close_matches(model, known)
+    more = f", or {len(known) - len(like)} others" if like else ""
+    return (
+        f"model {model!r} is not known: it is no file, no directory with a config.json, and none "
+        f"of {', '.join(like or known)}{more}"
+    )

@@ -19,6 +19,24 @@ _SHOWN = {
     "usd_hour": (1, "$/h"),
 }
 
+_UNITS = {
+    "bfloat16": "flop/s",
+    "int8": "op/s",
+    "fp8": "flop/s",
+    "fp4": "flop/s",
+    "hbm_bytes": "bytes",
+    "hbm": "bytes/s",
+    "hop_s": "s a hop",
+    "link": "bytes/s one way",
+    "links": "of a chip",
+    "inside": "bytes/s between devices of a chip",
+    "dcn": "bytes/s between hosts",
+    "pcie": "bytes/s to the host",
+    "layer_s": "s a layer",
+    "host_s": "s between steps",
+    "usd_hour": "$ an hour",
+}
+
 
 def chip_table(found: Iterable[Chip]) -> Table:
     """Returns chips, one a row; what is assumed has a star."""
@@ -41,13 +59,14 @@ def values_table(chip: Chip) -> Table:
     """Returns the numbers of a chip with their sources."""
     title = f"{chip.name}: {chip.device_kind}, {chip.fabric}, tile {chip.tile}"
     table = Table(title=title, title_justify="left")
-    for name in ("value", "number", "origin", "source"):
+    for name in ("value", "number", "unit", "origin", "source"):
         table.add_column(name, justify="right" if name == "number" else "left")
     for name, value in chip.values.items():
-        table.add_row(name, f"{value.number:,.6g}", str(value.origin), value.source)
+        table.add_row(name, f"{value.number:,.6g}", _UNITS[name], str(value.origin), value.source)
     for name, points in chip.curves.items():
         shown = ", ".join(f"{rate:.3g} at {size:.3g}" for size, rate in points)
-        table.add_row(f"curve {name}", shown, "measured", "plan calibrate")
+        unit = "bytes/s by bytes" if name == "hbm" else "flop/s by rows"
+        table.add_row(f"curve {name}", shown, unit, "measured", "plan calibrate")
     return table
 
 

@@ -137,6 +137,8 @@ def test_a_config_is_all_that_is_needed(tmp_path: Path):
         plan_config(path)
     with pytest.raises(UsageError, match="model 'nothing' is not known"):
         plan_config("nothing")
+    with pytest.raises(UsageError, match=r"and none of mixtral-8x7b, or \d+ others"):
+        plan_config("Mixtral")
 
 
 def test_everything_is_saved(plan: planner.Plan, tmp_path: Path):
@@ -275,6 +277,12 @@ def test_the_cheapest_slice_comes_first():
     prices = [plan.found.on.usd_hour or 0 for plan in plans]
     assert prices == sorted(prices)
     assert all(plan.best.requests_per_s * 0.9 >= 3.0 for plan in plans)
+    # Of both chips the faster one misses by less.
+    with pytest.raises(UsageError, match=r"carries 3.0 requests/s; nearest is v5p:2x2x2: too"):
+        planner.size(
+            "llama-3-8b", rate=3.0, input_tokens=500, output_tokens=100, chip=["v5p", "v5e"],
+            max_chips=8, tpot_s=1e-4,
+        )  # fmt: skip
     with pytest.raises(UsageError, match="no slice of up to 1 chips carries 1000"):
         planner.size(
             "llama-3-8b", rate=1000.0, input_tokens=500, output_tokens=100, chip="v6e", max_chips=1
@@ -283,4 +291,14 @@ def test_the_cheapest_slice_comes_first():
 
 def test_hardware_is_listed_with_its_sources():
     assert json.loads(run("plan", "hardware", "list", "--json")).keys() >= {"v4", "h100", "l4"}
-    assert "Pope et al. 2022" in run("plan", "hardware", "show", "v4")
+    text = run("plan", "hardware", "show", "v4")
+    assert "Pope et al. 2022" in text and "bytes/s one way" in text
+
+
+def test_plans_of_one_name_are_told_apart(plan: planner.Plan, tmp_path: Path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "plan.json").write_text(json.dumps(plan.fields()))
+    files = [str(tmp_path / name / "plan.json") for name in ("a", "b")]
+    found = json.loads(run("plan", "compare", *files, "--json"))
+    assert found["names"] == files
