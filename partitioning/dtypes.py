@@ -69,6 +69,11 @@ class Several:
 
     each: tuple[Stored, ...]
 
+    @property
+    def name(self) -> str:
+        """Returns their names."""
+        return ", ".join(one.name for one in self.each)
+
     @cached_property
     def bits(self) -> Any:
         """Returns the bits of an element."""

@@ -20,7 +20,7 @@ from rich.console import Console, Group, RenderableType
 
 from jaxserve.config import KvDtype, ModelConfig, Quantization
 from jaxserve.errors import UsageError
-from jaxserve.partitioning.dtypes import Stored
+from jaxserve.partitioning.dtypes import Several, Stored
 from jaxserve.partitioning.estimate import Coster, Estimate, Term, band
 from jaxserve.partitioning.hardware import ChipSlice
 from jaxserve.partitioning.layout import Heads
@@ -364,6 +364,6 @@ def memory_fields(found: Estimate) -> dict[str, float]:
     return fields | {"total_bytes": float(memory.total_bytes), "free_bytes": memory.free_bytes}
 
 
-def _plain(kept: Stored) -> str:
+def _plain(kept: Stored | Several) -> str:
     """Returns the dtype that something is computed with, which a layout names."""
     return "bfloat16" if kept.bits == 8 else kept.name
