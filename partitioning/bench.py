@@ -46,8 +46,8 @@ class Asked:
     def of(cls, demand: Demand, space: Space) -> Asked:
         """Returns the question with its dtypes."""
         pairs = [(weights, kv) for weights in space.weights for kv in space.kv]
-        several = (Several(tuple(column)) for column in zip(*pairs, strict=True))
-        return cls(demand, space, tuple(Kept(*pair) for pair in pairs), Kept(*several))
+        weights, kv = (Several(tuple(column)) for column in zip(*pairs, strict=True))
+        return cls(demand, space, tuple(Kept(*pair) for pair in pairs), Kept(weights, kv))
 
 
 @dataclass(frozen=True)

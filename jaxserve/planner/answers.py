@@ -22,11 +22,11 @@ from jaxserve.config import KvDtype, ModelConfig, Quantization
 from jaxserve.errors import UsageError
 from jaxserve.partitioning.dtypes import Several, Stored
 from jaxserve.partitioning.estimate import Coster, Estimate, Term, band
+from jaxserve.partitioning.found import Candidate, Found, Verdict
 from jaxserve.partitioning.hardware import ChipSlice
 from jaxserve.partitioning.layout import Heads
 from jaxserve.partitioning.layout_file import Buckets, Dtypes, Layout, model_digest
 from jaxserve.partitioning.plan import MeshPlan
-from jaxserve.partitioning.search import Candidate, Found, Verdict
 from jaxserve.planner import show
 
 

@@ -14,13 +14,13 @@ from jaxserve.errors import UnsupportedError, UsageError
 from jaxserve.partitioning.demand import Demand, Objective, Serving, Space
 from jaxserve.partitioning.dtypes import stored
 from jaxserve.partitioning.estimate import Coster
+from jaxserve.partitioning.found import Verdict
 from jaxserve.partitioning.hardware import ChipSlice, chips, shapes, slice_of
 from jaxserve.partitioning.layout import Ffn, Heads, PhaseLayout
 from jaxserve.partitioning.memory import Kept
 from jaxserve.partitioning.memory import max_context as longest_context
 from jaxserve.partitioning.meshes import meshes
 from jaxserve.partitioning.plan import MeshPlan
-from jaxserve.partitioning.search import Verdict
 from jaxserve.partitioning.search import search as search_slice
 from jaxserve.partitioning.work import Share
 from jaxserve.planner.answers import Plan, Room, StepPlan

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxserve.partitioning.estimate import Estimate, Term, band
-from jaxserve.partitioning.search import Candidate, Verdict
+from jaxserve.partitioning.found import Candidate, Verdict
 
 if TYPE_CHECKING:
     from jaxserve.planner.answers import Plan, Room, StepPlan

@@ -12,10 +12,11 @@ from jaxserve.models.named import named_config
 from jaxserve.partitioning.demand import FULL, Demand, Objective, Serving, Space
 from jaxserve.partitioning.dtypes import KV, WEIGHTS
 from jaxserve.partitioning.estimate import Coster
+from jaxserve.partitioning.found import Candidate, stage_of
 from jaxserve.partitioning.hardware import ChipSlice, slice_of
 from jaxserve.partitioning.memory import Kept
 from jaxserve.partitioning.meshes import layouts, meshes
-from jaxserve.partitioning.search import Candidate, search, stage_of
+from jaxserve.partitioning.search import search
 
 LLAMA = named_config("llama-3-8b")
 ON = slice_of("v5e:2x2")

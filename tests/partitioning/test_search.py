@@ -9,11 +9,12 @@ from jaxserve.errors import UsageError
 from jaxserve.models.named import named_config
 from jaxserve.partitioning.demand import Demand, Objective, Serving, Space
 from jaxserve.partitioning.dtypes import KV, WEIGHTS
+from jaxserve.partitioning.found import Candidate, Found, Verdict, stage_of
 from jaxserve.partitioning.hardware import ChipSlice, slice_of
 from jaxserve.partitioning.layout import Ffn, Heads, PhaseLayout
 from jaxserve.partitioning.memory import RESERVED_SHARE, Kept
 from jaxserve.partitioning.meshes import layouts, meshes
-from jaxserve.partitioning.search import Candidate, Found, Verdict, ranked, search, stage_of
+from jaxserve.partitioning.search import ranked, search
 
 LLAMA = named_config("llama-3-70b")
 SMALL = slice_of("v5e:4x4")
