@@ -32,7 +32,8 @@ from jaxserve.serving.engine import Engine  # noqa: E402
 from jaxserve.serving.fake_runner import FakeRunner  # noqa: E402
 from jaxserve.serving.multihost.follower import Follower  # noqa: E402
 from jaxserve.serving.multihost.group import Group  # noqa: E402
-from jaxserve.serving.multihost.leader import Leader, LeadingRunner  # noqa: E402
+from jaxserve.serving.multihost.leader import Leader  # noqa: E402
+from jaxserve.serving.multihost.leading_runner import LeadingRunner  # noqa: E402
 from jaxserve.serving.multihost.messages import Identity, Plan  # noqa: E402
 from jaxserve.serving.pages import GroupLimits  # noqa: E402
 from jaxserve.serving.plan import SchedulerConfig, StepPlan  # noqa: E402

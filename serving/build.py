@@ -18,7 +18,8 @@ from jaxserve.serving.engine import Engine
 from jaxserve.serving.generation import Program
 from jaxserve.serving.memory_plan import device_memory, memory_plan
 from jaxserve.serving.multihost.follower import Follower
-from jaxserve.serving.multihost.leader import Leader, LeadingRunner
+from jaxserve.serving.multihost.leader import Leader
+from jaxserve.serving.multihost.leading_runner import LeadingRunner
 from jaxserve.serving.options import (
     DEFAULT_KV_BYTES,
     EngineOptions,

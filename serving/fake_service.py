@@ -34,7 +34,7 @@ from jaxserve.serving.made import Follows, Made
 from jaxserve.serving.multihost.follower import Follower
 from jaxserve.serving.multihost.group import Group
 from jaxserve.serving.multihost.join import join
-from jaxserve.serving.multihost.leader import LeadingRunner
+from jaxserve.serving.multihost.leading_runner import LeadingRunner
 from jaxserve.serving.multihost.messages import Identity
 from jaxserve.serving.multihost.ranks import Ranks, breaking_off
 from jaxserve.serving.pages import GroupLimits

@@ -11,10 +11,8 @@ One thread reads, so that a plan is there while the one before it runs; one give
 from __future__ import annotations
 
 import contextlib
-import hmac
 import logging
 import queue
-import secrets
 import socket
 import threading
 import time
@@ -22,17 +20,15 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
-from jaxserve.errors import ConfigError, UnavailableError
+from jaxserve.errors import UnavailableError
 from jaxserve.serving.multihost import messages
 from jaxserve.serving.multihost.digest import TokenDigest
+from jaxserve.serving.multihost.greeting import AgainError, greeted
 from jaxserve.serving.multihost.group import Group
 from jaxserve.serving.multihost.messages import (
     TO_MEMBER,
-    Answer,
     Begin,
     Broke,
-    Challenge,
-    Deadline,
     Goodbye,
     GroupLostError,
     Identity,
@@ -40,14 +36,12 @@ from jaxserve.serving.multihost.messages import (
     Plan,
     Pulse,
     Reached,
-    Rejected,
     ToLeader,
-    Welcome,
     packed,
     receive,
 )
 from jaxserve.serving.multihost.plans import PlanReader
-from jaxserve.serving.multihost.ranks import GREETING_S, TICK_S, Age, end_process
+from jaxserve.serving.multihost.ranks import TICK_S, Age, end_process
 from jaxserve.serving.outlet import Outlet
 from jaxserve.serving.runner import Runner
 
@@ -58,10 +52,6 @@ QUIET_S = 0.05
 REPORT_S = 5.0
 
 _log = logging.getLogger(__name__)
-
-
-class _AgainError(Exception):
-    """Rank 0 is not there yet, or still ends its last group."""
 
 
 class Follower:
@@ -103,11 +93,11 @@ class Follower:
         said_s = 0.0
         while True:
             try:
-                follower = cls(group, identity, _greeted(group, identity))
+                follower = cls(group, identity, greeted(group, identity))
                 phase("waiting for the other ranks")
                 follower._wait_for_all()
                 return follower
-            except (_AgainError, OSError, EOFError, ValueError) as error:
+            except (AgainError, OSError, EOFError, ValueError) as error:
                 now = time.monotonic()
                 if now >= until:
                     raise UnavailableError(
@@ -217,7 +207,7 @@ class Follower:
         """Waits for the beginning, and starts the threads.
 
         Raises:
-            _AgainError: rank 0 is gone.
+            AgainError: rank 0 is gone.
         """
         threading.Thread(target=self._beat, name="jaxserve-group", daemon=True).start()
         try:
@@ -291,44 +281,3 @@ class Follower:
                     self._lose(f"rank 0 gave no sign of life for {patience_s:g} s")
                 else:
                     self._close()  # whoever reads from it tries again
-
-
-def _greeted(group: Group, identity: Identity) -> socket.socket:
-    """Returns a connection to rank 0 over which both have proved the secret.
-
-    Raises:
-        ConfigError: one of the two does not take the other.
-        _AgainError: it is worth while to try again.
-    """
-    host, port = group.plans
-    until = Deadline(GREETING_S)
-    try:
-        sock = socket.create_connection((host, port), timeout=GREETING_S)
-    except OSError as error:
-        raise _AgainError(f"it cannot be reached ({error.strerror or error})") from error
-    try:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        challenge = receive(sock, TO_MEMBER, messages.MAX_GREETING_BYTES, until)
-        if not isinstance(challenge, Challenge):
-            raise ValueError("rank 0 sent no challenge")
-        answer = Answer(
-            group.process_id, secrets.token_bytes(32), messages.encode_identity(identity), b""
-        )
-        proved = messages.answer_proof(group.secret, challenge.nonce, answer)
-        until.bind(sock)
-        sock.sendall(
-            packed(Answer(answer.rank, answer.nonce, answer.identity, proved, answer.protocol))
-        )
-        reply = receive(sock, TO_MEMBER, messages.MAX_GREETING_BYTES, until)
-        if isinstance(reply, Rejected):
-            if reply.again:
-                raise _AgainError(reply.message)
-            raise ConfigError(f"rank 0 does not take this rank: {reply.message}")
-        wanted = messages.proof(group.secret, "welcome", answer.nonce, challenge.nonce)
-        if not isinstance(reply, Welcome) or not hmac.compare_digest(reply.proof, wanted):
-            raise ConfigError("what answers as rank 0 has another secret than this rank")
-        sock.settimeout(None)
-        return sock
-    except BaseException:
-        sock.close()
-        raise

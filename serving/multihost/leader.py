@@ -11,8 +11,6 @@ wrong with one rank ends them all: a step needs every part of the model.
 from __future__ import annotations
 
 import contextlib
-import errno
-import hmac
 import logging
 import secrets
 import socket
@@ -25,10 +23,10 @@ from typing import Any, Self
 
 from jaxserve.errors import ConfigError, JaxserveError, UnavailableError
 from jaxserve.serving.multihost import messages
-from jaxserve.serving.multihost.digest import EPOCH_BITS, TokenDigest
+from jaxserve.serving.multihost.digest import EPOCH_BITS
+from jaxserve.serving.multihost.greeting import listen, proved, refusal
 from jaxserve.serving.multihost.group import Group, named
 from jaxserve.serving.multihost.messages import (
-    PROTOCOL,
     TO_LEADER,
     Answer,
     Begin,
@@ -52,11 +50,9 @@ from jaxserve.serving.multihost.progress import At, who_holds
 from jaxserve.serving.multihost.ranks import GREETING_S, TICK_S, end_process
 from jaxserve.serving.outlet import Outlet
 from jaxserve.serving.plan import StepPlan
-from jaxserve.serving.runner import Runner, StepResult
 
 REPORT_S = 5.0
 LEAVING_S = 5.0
-_STREAM = socket.SOCK_STREAM
 LAST_CALL_S = 5.0
 """So long after a rank was turned away the others may come to be told."""
 KEPT_DIGESTS = 4096
@@ -117,7 +113,7 @@ class Leader:
             ConfigError: a rank has another version, layout or model.
         """
         leader = cls(group, identity)
-        listener = leader._listen()
+        listener = listen(group)
         try:
             for work in (lambda: leader._accept(listener), leader._watch):
                 threading.Thread(target=work, name="jaxserve-group", daemon=True).start()
@@ -227,20 +223,6 @@ class Leader:
 
     # Until all are there.
 
-    def _listen(self) -> socket.socket:
-        host, port = self._group.plans
-        try:
-            if self._group.loopback:
-                family, _, _, _, (host, *_) = socket.getaddrinfo(host, port, type=_STREAM)[0]
-                return socket.create_server((host, port), family=family)
-            # A name may be one that others know this machine by, of an address it does not have.
-            return _server_of_any(port)
-        except OSError as error:
-            raise UnavailableError(
-                f"rank 0 cannot take plans' connections on port {port}: {error.strerror}; the "
-                f"coordinator's port and the one after it must be free"
-            ) from error
-
     def _missing(self) -> list[int]:
         known = {*self._links, *self._turned_away}
         return [rank for rank in range(1, self._group.num_processes) if rank not in known]
@@ -278,7 +260,10 @@ class Leader:
             except OSError:  # it is closed
                 return
             threading.Thread(
-                target=self._greet, args=(sock, address[0]), name="jaxserve-group", daemon=True
+                target=self._greet,
+                args=(sock, address[0].removeprefix("::ffff:")),  # IPv4 on a socket of both
+                name="jaxserve-group",
+                daemon=True,
             ).start()
 
     def _greet(self, sock: socket.socket, address: str) -> None:
@@ -308,7 +293,7 @@ class Leader:
     ) -> _Link | None:
         """Returns the connection of a rank that is welcome; another one is told why not."""
         group, rank = self._group, answer.rank
-        refused = _refusal(group, self._identity, challenge, answer)
+        refused = refusal(group, self._identity, challenge, answer)
         with self._guard:
             again = False
             refused = refused or self._refusal or None
@@ -317,8 +302,8 @@ class Leader:
             if refused is None:
                 outlet = Outlet(sock)
                 link = _Link(rank, sock, outlet, address)
-                proved = messages.proof(group.secret, "welcome", answer.nonce, challenge.nonce)
-                link.send(Welcome(proved))
+                nonces = answer.nonce, challenge.nonce
+                link.send(Welcome(messages.proof(group.secret, "welcome", *nonces)))
                 self._links[rank] = link
                 self._guard.notify_all()
                 _log.info("rank %d has joined", rank, extra={"address": address})
@@ -331,7 +316,7 @@ class Leader:
             extra={"address": address},
         )
         sock.sendall(packed(Rejected(refused, again)))
-        if not again and _proved(group, challenge, answer):
+        if not again and proved(group, challenge, answer):
             with self._guard:
                 if not self._refusal:
                     self._refusal, self._refused_s = refused, time.monotonic()
@@ -399,76 +384,3 @@ class Leader:
                     else:
                         with contextlib.suppress(OSError):
                             link.sock.shutdown(socket.SHUT_RDWR)  # its reader lets it go
-
-
-class LeadingRunner:
-    """A runner whose every plan all ranks run; the engine's thread alone calls it."""
-
-    def __init__(self, runner: Runner, leader: Leader) -> None:
-        self._runner = runner
-        self._leader = leader
-        self._digest = TokenDigest()
-
-    def dispatch(self, plan: StepPlan) -> Any:
-        """Returns a ticket, once the plan is on its way to the others and to the device."""
-        self._leader.note_open(self._digest.place(plan.number))
-        self._leader.broadcast(plan)
-        try:
-            ticket = plan.number, self._runner.dispatch(plan)
-        except Exception as error:
-            raise self._lost(error) from error
-        self._leader.note_begun(self._digest.place(plan.number))
-        return ticket
-
-    def collect(self, ticket: Any) -> StepResult:
-        """Returns the results, once they are there."""
-        number, own = ticket
-        try:
-            result = self._runner.collect(own)
-        except Exception as error:
-            raise self._lost(error) from error
-        self._leader.note_done(*self._digest.add(number, result.tokens))
-        return result
-
-    def reset(self) -> None:
-        """Forgets pages and slots, on all ranks."""
-        self._leader.reset()
-        self._digest = self._digest.next()
-        self._runner.reset()
-
-    def _lost(self, error: Exception) -> GroupLostError:
-        """Ends the group: the others have run a step that failed here."""
-        _log.error("a step failed", exc_info=error)
-        self._leader.lose(f"a step failed on rank 0 ({type(error).__name__})")
-        return GroupLostError("a step failed on rank 0")
-
-
-def _server_of_any(port: int) -> socket.socket:
-    """Returns what takes connections on a port of every address, of IPv4 and IPv6."""
-    if socket.has_dualstack_ipv6():
-        try:
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-        except OSError as error:
-            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                raise
-    return socket.create_server(("", port))
-
-
-def _proved(group: Group, challenge: Challenge, answer: Answer) -> bool:
-    wanted = messages.answer_proof(group.secret, challenge.nonce, answer)
-    return hmac.compare_digest(wanted, answer.proof)
-
-
-def _refusal(group: Group, identity: Identity, challenge: Challenge, answer: Answer) -> str | None:
-    """Returns why who answered is not taken."""
-    rank = answer.rank
-    if not _proved(group, challenge, answer):
-        return f"rank {rank} has another secret than rank 0"
-    if answer.protocol != PROTOCOL:
-        return f"rank {rank} speaks protocol {answer.protocol}, rank 0 speaks {PROTOCOL}"
-    difference = identity.differs(messages.IDENTITY.decode(answer.identity))
-    if difference is not None:
-        return f"rank {rank} has {difference}"
-    if not 0 < rank < group.num_processes:
-        return f"rank {rank} is none of 1 to {group.num_processes - 1}"
-    return None

@@ -397,7 +397,7 @@ def test_missing_ranks_are_named_while_they_are_waited_for() -> None:
 
 
 class Proxy:
-    """Hands on what goes between rank 0 and another rank, until it drops it."""
+    """Hands on what goes between rank 0 and another rank, until it drops or changes it."""
 
     def __init__(self, target: int) -> None:
         while True:  # rank 0's port is the one after the coordinator's
@@ -408,6 +408,7 @@ class Proxy:
                 continue
         self.port, self.target = self.listener.getsockname()[1], target
         self.pairs: list[socket.socket] = []
+        self.changes = threading.Event()
         threading.Thread(target=self.accept, daemon=True).start()
 
     def accept(self) -> None:
@@ -421,7 +422,8 @@ class Proxy:
                     continue
                 self.pairs += [one, two]
                 for source, sink in ((one, two), (two, one)):
-                    threading.Thread(target=pump, args=(source, sink), daemon=True).start()
+                    work = (source, sink, self.changes)
+                    threading.Thread(target=pump, args=work, daemon=True).start()
 
     def drop(self) -> None:
         for sock in self.pairs:
@@ -431,9 +433,13 @@ class Proxy:
         self.pairs.clear()
 
 
-def pump(source: socket.socket, sink: socket.socket) -> None:
+def pump(source: socket.socket, sink: socket.socket, changes: threading.Event) -> None:
+    """Hands on; where it is to change something, the end of the next plan."""
     with contextlib.suppress(OSError):
         while data := source.recv(1 << 16):
+            if changes.is_set() and data.rfind(b"Plan") > data.rfind(b"Pulse"):
+                changes.clear()
+                data = data[:-1] + bytes([data[-1] ^ 1])
             sink.sendall(data)
         sink.shutdown(socket.SHUT_WR)
 
@@ -449,17 +455,40 @@ def test_a_dropped_connection_is_noticed_on_both_sides(size: int) -> None:
         assert f"rank {size - 1}" in body and "connection" in body
         await ready_again(ranks.http)
 
+    with group_with_proxy(size) as (ranks, proxy):
+        run(work(ranks))
+        assert ranks.ranks[-1].said("the group is lost: rank 0")
+
+
+@contextlib.contextmanager
+def group_with_proxy(size: int) -> Iterator[tuple[Ranks, Proxy]]:
+    """Yields a group that is ready, and what lies between rank 0 and the last rank."""
     port = free_port()
     proxy = Proxy(port + 1)
     changes = {size - 1: {"coordinator": f"127.0.0.1:{proxy.port - 1}"}}
     ranks = Ranks(size, changes, port, step_s=0.05)
     try:
         ranks.wait_ready()
-        run(work(ranks))
-        assert ranks.ranks[-1].said("the group is lost: rank 0")
+        yield ranks, proxy
     finally:
         ranks.end()
         proxy.listener.close()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_plan_that_was_changed_on_its_way_is_not_run(size: int) -> None:
+    async def work(ranks: Ranks) -> None:
+        task = asyncio.create_task(complete(ranks.http, 500))
+        await running_is(ranks.http, 1)
+        proxy.changes.set()
+        status, _, body = await task
+        assert status == 503
+        assert f"rank {size - 1} broke off: a step failed (what came after plan" in body
+        assert "was not sent by rank 0 of this group" in body
+        await ready_again(ranks.http)
+
+    with group_with_proxy(size) as (ranks, proxy):
+        run(work(ranks))
 
 
 def test_a_group_that_is_asked_to_end_while_it_is_lost_says_that_it_failed() -> None:

@@ -20,13 +20,15 @@ from jaxserve.errors import ConfigError, JaxserveError, UnavailableError, UsageE
 from jaxserve.serving.engine import Engine
 from jaxserve.serving.fake_runner import FakeRunner
 from jaxserve.serving.multihost import follower as follower_module
+from jaxserve.serving.multihost import greeting, messages
 from jaxserve.serving.multihost import leader as leader_module
-from jaxserve.serving.multihost import messages
 from jaxserve.serving.multihost.environment import Found, choose, find, first_node
 from jaxserve.serving.multihost.follower import Follower
+from jaxserve.serving.multihost.greeting import listen
 from jaxserve.serving.multihost.group import Group, named
 from jaxserve.serving.multihost.identity import identity_of, layout_hash, model_hash
-from jaxserve.serving.multihost.leader import Leader, LeadingRunner
+from jaxserve.serving.multihost.leader import Leader
+from jaxserve.serving.multihost.leading_runner import LeadingRunner
 from jaxserve.serving.multihost.messages import Identity
 from jaxserve.serving.options import EngineOptions
 from jaxserve.serving.pages import GroupLimits
@@ -186,7 +188,7 @@ def test_a_rank_with_another_secret_is_not_taken_and_then_missing() -> None:
 
 
 def test_a_rank_0_without_the_secret_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leader_module, "_proved", lambda *_: True)  # an impostor takes anyone
+    monkeypatch.setattr(greeting, "proved", lambda *_: True)  # an impostor takes anyone
     leader, one = ranks(2, {0: {"secret": b"quite another secret", "join_s": 2.0}})
     with pytest.raises(ConfigError, match="what answers as rank 0 has another secret"):
         one.given()
@@ -456,8 +458,7 @@ def test_a_group_forms_over_either_family(host: str) -> None:
 def test_a_rank_0_with_a_name_is_reached_over_either_family(address: str) -> None:
     port = free_port()
     group = Group(f"some-name:{port}", 2, 0, SECRET, join_s=5.0)
-    listener = Leader(group, SAME)._listen()
-    with listener, socket.create_connection((address, port + 1), timeout=5):
+    with listen(group) as listener, socket.create_connection((address, port + 1), timeout=5):
         listener.settimeout(5)
         listener.accept()[0].close()
 
