@@ -320,7 +320,12 @@ class Coster:
             name = f"{flow.kind} of weights" if flow.gathers_weights else flow.kind
             if flow.dtype == "f32" and flow.kind == "all-reduce":
                 name = f"{flow.kind} of statistics"
-            seconds = size * per_byte + flow.count * hops_s
+            hops_s = flow.count * hops_s
+            seconds = size * per_byte + hops_s
+            if curve := self.on.chip.curves.get("gather"):
+                # Rates of a size have its way in them; less than the way alone nothing takes.
+                slower = self.on.axes[-1].bandwidth / _at(curve, size / flow.count)
+                seconds, origin = np.maximum(size * per_byte * slower, hops_s), Origin.MEASURED
             yield Term(
                 name,
                 Part.COLLECTIVE,
@@ -331,7 +336,7 @@ class Coster:
                 note,
                 flow.gathers_weights,
                 flow.count,
-                flow.count * hops_s,
+                hops_s,
             )
 
     @property

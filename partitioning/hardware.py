@@ -66,7 +66,9 @@ class Chip:
         tile: side of the matrix unit.
         devices: devices that JAX sees in a chip.
         values: by the names of `hardware.toml`.
-        curves: measured rates by size: `hbm` by bytes read, `matmul` by rows of activations.
+        curves: measured rates by size: `hbm` by bytes read, `matmul` by rows of activations,
+            `gather` (bytes that a device receives in a second, their way included) by bytes of
+            the full tensor.
     """
 
     name: str
@@ -286,7 +288,7 @@ _FACTS = {"device_kind": str, "network": str, "host_chips": int, "max_chips": in
 _NEEDED = ("bfloat16", "hbm_bytes", "hbm", "hop_s")
 _LINKS = ("link", "links", "inside", "dcn", "pcie")
 _VALUES = (*_NEEDED, "int8", "fp8", "fp4", *_LINKS, "layer_s", "host_s", "usd_hour")
-_CURVES = ("hbm", "matmul")
+_CURVES = ("hbm", "matmul", "gather")
 _MAY_BE_ZERO = ("hop_s", "layer_s", "usd_hour")
 _COUNTS = ("host_chips", "max_chips", "tile")
 

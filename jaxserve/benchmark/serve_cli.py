@@ -77,7 +77,7 @@ def serve(
     json_output: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress")] = False,
 ) -> None:
-    """Put a server under load: requests at random times, with ShareGPT-like lengths or given ones."""
+    """Put a server under load: requests at random times, of ShareGPT-like or given lengths."""
     from jaxserve.benchmark.metrics import Slo
     from jaxserve.benchmark.plot import check_installed
     from jaxserve.benchmark.serve import ServeJob

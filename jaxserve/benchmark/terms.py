@@ -281,15 +281,14 @@ class Terms:
     def _collectives(self) -> Iterator[Line]:
         tokens, rows = self._tokens, self.load.batch
         each = self.coster.kept.weights.bits / 8
-        for flow in self.coster.traffic.flows:
+        terms = [term for term in self.estimate.terms if term.part is Part.COLLECTIVE]
+        for flow, term in zip(self.coster.traffic.flows, terms, strict=True):
             full = flow.per_token * tokens + flow.per_row * rows + each * flow.weights
             full /= flow.count
-            per_byte, hops_s = self.coster.network.rates(flow.kind, flow.axes)
             run = collective(flow.kind, flow.axes, int(full), self.program.mesh)
             name = f"{flow.count} x {flow.kind} over {' '.join(flow.axes)}"
-            expected = flow.count * (full * per_byte + hops_s)
             took = flow.count * self._best(run)
-            yield Line(name, "collective", self.load.phase, expected, took)
+            yield Line(name, "collective", self.load.phase, float(term.seconds), took)
 
 
 def collective(kind: str, axes: tuple[str, ...], full: int, mesh: Any) -> Callable[[], Any]:

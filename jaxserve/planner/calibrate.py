@@ -108,6 +108,10 @@ class Calibration:
         lines.append(f"[{self.name}.curves]")
         lines.append(f"hbm = {[[float(a), float(f'{b:.4g}')] for a, b in self.read]}")
         lines.append(f"matmul = {[[float(a), float(f'{b:.4g}')] for a, b in self.matmul]}")
+        if self.gathered:
+            share = (self.num_devices - 1) / self.num_devices
+            rates = [[float(a), float(f"{share * a / took:.4g}")] for a, took in self.gathered]
+            lines.append(f"gather = {rates}")
         return "\n".join(lines) + "\n"
 
     def write(self, path: Path) -> None:

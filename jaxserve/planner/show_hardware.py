@@ -65,7 +65,7 @@ def values_table(chip: Chip) -> Table:
         table.add_row(name, f"{value.number:,.6g}", _UNITS[name], str(value.origin), value.source)
     for name, points in chip.curves.items():
         shown = ", ".join(f"{rate:.3g} at {size:.3g}" for size, rate in points)
-        unit = "bytes/s by bytes" if name == "hbm" else "flop/s by rows"
+        unit = "flop/s by rows" if name == "matmul" else "bytes/s by bytes"
         table.add_row(f"curve {name}", shown, unit, "measured", "plan calibrate")
     return table
 
