@@ -159,6 +159,9 @@ def search(
     if save_dir is not None:
         for path in plan.save(save_dir, checkpoint):
             typer.echo(f"wrote {path}", err=True)
+        if lacking := plan.best.option.not_run():
+            left = f"left out what serves the plan: the runtime does not do {'; '.join(lacking)}"
+            typer.echo(left, err=True)
         if verify:
             path = save_dir / "verified.json"
             path.write_text(json.dumps(fields["verified"], indent=2) + "\n", encoding="utf-8")

@@ -335,9 +335,11 @@ def benchmark_script(plan: Plan, checkpoint: str | None = None) -> str:
 # Estimated of each copy, for {demand.input_tokens} tokens in and {demand.output_tokens} out:
 # {best.tokens_per_s / copies:,.0f} tokens/s, first token {best.ttft_s * 1e3:,.0f} ms, \
 {best.tpot_s * 1e3:,.1f} ms a token; within {plan.steps["decode"].band:.0%}.
+# Usage: sh benchmark.sh [URL] [FILE of API keys]
 set -eu
 URL=${{1:-http://127.0.0.1:8000}}
-jaxserve bench serve --url "$URL" --rate {rate:.3g} --requests {max(32, 4 * best.batch)} \\
+jaxserve bench serve --url "$URL" ${{2:+--api-key-file "$2"}} \\
+    --rate {rate:.3g} --requests {max(32, 4 * best.batch)} \\
     --isl {demand.input_tokens} --osl {demand.output_tokens} \\
     --context {demand.context_tokens}{"".join(limits)} --plot measured.png
 """

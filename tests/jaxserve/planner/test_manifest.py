@@ -173,10 +173,20 @@ def test_a_directory_that_pods_cannot_find_is_refused_before_the_search(tmp_path
     assert not out.exists()
 
 
+def test_what_serves_no_plan_is_said_to_be_left_out(tmp_path: Path):
+    words = ["plan", "llama-3-8b", "--slice", "v5e:2x2", "--isl", "100", "--osl", "10"]
+    words += ["--weights", "int4", "--batch", "1:4", "--save-dir", str(tmp_path)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0
+    assert "left out what serves the plan: the runtime does not do weights in int4" in done.stderr
+    assert not (tmp_path / "layout.json").exists()
+
+
 def test_the_script_sends_the_plans_load(plan: planner.Plan):
     text = benchmark_script(plan)
     (command,) = re.findall(r"^jaxserve (bench serve .*?[^\\])$", text, re.MULTILINE | re.DOTALL)
-    words = shlex.split(command.replace("\\\n", ""))[2:]
+    words = shlex.split(re.sub(r"\\\n|\$\{2:.*?\}", "", command))[2:]
+    assert '${2:+--api-key-file "$2"}' in command
     said = dict(zip(words[::2], words[1::2], strict=True))
     assert said.keys() <= options_of("bench serve")
     assert (said["--isl"], said["--osl"]) == ("1000", "200")
