@@ -27,8 +27,17 @@ def row_max(x: Array) -> Array:
 
     XLA on CPU fuses a plain maximum over a large array with what is computed from it, be it an
     exponential or a dot, and these then have other bits, in some programs others for every number
-    of rows. Maxima of runs of a row are left alone, and cost the same.
+    of rows. Maxima of runs of a row are left alone, and cost the same. On a TPU a run of a large
+    vocabulary does not fit into the fast memory.
     """
+    return lax.platform_dependent(x, cpu=_max_of_runs, default=_plain_max)
+
+
+def _plain_max(x: Array) -> Array:
+    return jnp.max(x, axis=1, keepdims=True)
+
+
+def _max_of_runs(x: Array) -> Array:
     size = x.shape[1]
     run = -(-size // _RUNS)
     tops = lax.reduce_window(
