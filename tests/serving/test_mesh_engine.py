@@ -55,8 +55,8 @@ CONFIG = ModelConfig(
 )
 MODEL = Model(CONFIG, Declare())
 UNWINDOWED = Model(replace(CONFIG, layers=CONFIG.layers[:1] * 2), Declare())
-SMALL = EngineOptions(max_sequences=8, max_step_tokens=32, page_size=8, kv_bytes=30_000)
-"""So few pages that sequences are preempted."""
+EACH = EngineOptions(max_sequences=4, max_step_tokens=32, page_size=8)
+"""Sizes of a shard."""
 
 
 class Case(NamedTuple):
@@ -69,6 +69,7 @@ class Case(NamedTuple):
 PAIRWISE = (
     Case((2, 2, 2), Ffn.WG_XY, Ffn.WS2D, Heads.BATCH),
     Case((8, 1, 1), Ffn.WS1D, Ffn.WS1D, Heads.HEADS),
+    Case((2, 2, 2), Ffn.WS2D, Ffn.WS2D, Heads.HEADS_BATCH_XY),
 )
 ALL = [
     Case(mesh, prefill, decode, heads)
@@ -135,19 +136,31 @@ def on_one_device(model: Model = MODEL) -> Tokens:
     return served(Program(model, LocalComm(), kernel_set()), values(model), options)[0]
 
 
+def small(program: Program) -> EngineOptions:
+    """Returns options with pages for one long sequence a shard: others are preempted."""
+    shards, config = program.comm.num_shards, program.device_config
+    groups = config.cache_groups(program.model.declare.cache_dtype)
+    token_bytes = sum(group.spec.bytes_per_token * len(group.layers) for group in groups)
+    return replace(
+        EACH,
+        max_sequences=shards * EACH.max_sequences,
+        max_step_tokens=shards * EACH.max_step_tokens,
+        kv_bytes=config.max_context_tokens * token_bytes // program.comm.num_stripes,
+    )
+
+
 def check(case: Case, model: Model = MODEL) -> None:
     mesh = make_mesh(MeshPlan(*case.mesh))
     layouts = PhaseLayout(case.prefill, case.heads), PhaseLayout(case.decode, case.heads)
     program = Program.on(model, kernel_set(), mesh, *layouts)
     params = jax.tree.map(jax.device_put, values(model), shardings(mesh, param_specs(program)))
-    found, made = served(program, params, SMALL)
+    found, made = served(program, params, small(program))
     assert found == on_one_device(model)
     stats = made.engine.metrics.scheduler
     assert stats.running == stats.waiting == 0
     assert sum(stats.pages_held) == 0
-    if program.comm.num_shards == 1 and model is MODEL:  # elsewhere there is room enough
-        assert stats.preemptions > 0
-        assert stats.prefix_hit_tokens > 0
+    assert stats.preemptions > 0
+    assert stats.prefix_hit_tokens > 0
 
 
 @pytest.mark.parametrize("case", PAIRWISE, ids=str)
