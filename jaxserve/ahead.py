@@ -21,7 +21,7 @@ from jaxserve.serving.build import ModelEngine
 from jaxserve.serving.model_files import kv_rounding, quantization, run_dtype
 from jaxserve.serving.options import EngineOptions
 from jaxserve.serving.placing import program_of, sized
-from jaxserve.serving.sharded import abstract, param_specs
+from jaxserve.serving.sharded import abstract_params
 
 
 def engine_ahead(
@@ -49,7 +49,5 @@ def engine_ahead(
     chosen = None if layout is None else layout(info.config, running)
     rounded, kept = quantization(quantize, info), kv_rounding(kv_dtype)
     program = program_of(info.config, running, kernel_set(backend), chosen, rounded, kept)
-    params = program.model.abstract_params()
-    if program.mesh is not None:
-        params = abstract(program, params, param_specs(program))
-    return ModelEngine.create(program, params, sized(options or EngineOptions(), chosen))
+    made = sized(options or EngineOptions(), chosen)
+    return ModelEngine.create(program, abstract_params(program), made)

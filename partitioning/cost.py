@@ -43,11 +43,19 @@ class Where(StrEnum):
     ENDS = "ends"
     LAYER = "layer"
     NESTED = "nested"  # in a loop inside a layer, so its number is not known
+    BRANCH = "branch"  # at the ends, in a branch that a step may leave out
 
     @property
     def inner(self) -> Where:
         """Returns where the body of a loop is that stands here."""
+        if self is Where.BRANCH:
+            return self
         return Where.LAYER if self is Where.ENDS else Where.NESTED
+
+    @property
+    def branch(self) -> Where:
+        """Returns where a branch of a choice is that stands here."""
+        return Where.BRANCH if self is Where.ENDS else self
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ _CALLED = re.compile(
     r"(calls|to_apply|body|condition|called_computations|true_computation|false_computation|"
     r"branch_computations)=(\{[^}]*\}|%[\w.\-]+)"
 )
+_BRANCHES = ("true_computation", "false_computation", "branch_computations")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _LISTS = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
@@ -207,7 +208,11 @@ def _walk(
         if line.op.endswith(("-update", "-done")):
             continue
         for attribute, names in line.called.items():
-            inner = where if attribute != "body" else where.inner
+            inner = where
+            if attribute == "body":
+                inner = where.inner
+            elif attribute in _BRANCHES:
+                inner = where.branch
             for called in names:
                 within = fused or line.op == "fusion"
                 yield from _walk(program, called, inner, sizes, started, within)

@@ -16,16 +16,18 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.errors import UsageError
 from jaxserve.partitioning.layout import PhaseLayout
+from jaxserve.partitioning.memory_order import turned
 from jaxserve.partitioning.placement import AXES
 from jaxserve.partitioning.plan import MeshPlan
 from jaxserve.partitioning.torus import Along, Torus, arranged, fold
 
-Sharding = Callable[[tuple[str, ...], tuple[int, ...]], NamedSharding]
-"""From the logical axes and shape of an array to its place."""
+Sharding = Callable[[tuple[str, ...], tuple[int, ...]], NamedSharding | Format]
+"""From the logical axes and shape of an array to its place and, on a TPU, its order in memory."""
 
 __all__ = [
     "MeshPlan",
@@ -110,8 +112,9 @@ def places(mesh: Mesh, phase: PhaseLayout) -> Sharding:
     It raises a UsageError for a size that does not divide.
     """
     sizes = dict(mesh.shape)
+    platform = mesh.devices.flat[0].platform
 
-    def place(axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+    def place(axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding | Format:
         cuts = phase.cuts(axes, shape, sizes)
         for axis, size, cut in zip(axes, shape, cuts, strict=True):
             count = math.prod(sizes[name] for name in cut)
@@ -120,7 +123,9 @@ def places(mesh: Mesh, phase: PhaseLayout) -> Sharding:
                     f"{axis}={size} does not divide over {'*'.join(cut)}={count}; use a mesh that "
                     "it divides over, or declare the model with a Padding"
                 )
-        return NamedSharding(mesh, PartitionSpec(*(cut or None for cut in cuts)))
+        lies = NamedSharding(mesh, PartitionSpec(*(cut or None for cut in cuts)))
+        order = turned(platform, axes)
+        return lies if order is None else Format(Layout(order), lies)
 
     return place
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -42,6 +42,7 @@ def program_of(
     layout: Layout | None = None,
     quantize: Quantization | None = None,
     kv_dtype: KvDtype | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Program:
     """Returns the program of a model.
 
@@ -53,13 +54,14 @@ def program_of(
         quantize: what is rounded, where `declare` is a dtype; a chip that cannot multiply rounded
             activations rounds weights alone, and a warning says so.
         kv_dtype: type of keys and values, where `declare` is a dtype; None keeps that dtype.
+        devices: those of the mesh; None takes what there is.
 
     Raises:
         UsageError: there are too few devices, or the weights are fused for one.
     """
     if isinstance(declare, str):
         padding = None if layout is None or _one_device(layout) else layout.padding
-        platform = jax.default_backend()
+        platform = jax.default_backend() if devices is None else devices[0].platform
         repeats = padding is not None and config.num_layers > len(config.pattern)
         stack = repeats and platform != "cpu"  # there a loop copies each layer's weights
         best = Declare.best(platform, declare)
@@ -74,7 +76,8 @@ def program_of(
             "Declare(fuse=False), or load the model with a mesh"
         )
     model = Model(config, replace(declare, padding=layout.padding))
-    return Program.on(model, kernels, make_mesh(layout.mesh), layout.prefill, layout.decode)
+    mesh = make_mesh(layout.mesh, devices)
+    return Program.on(model, kernels, mesh, layout.prefill, layout.decode)
 
 
 def _runnable(asked: Quantization | None) -> Quantization | None:

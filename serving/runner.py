@@ -36,6 +36,7 @@ from jaxserve.serving.sharded import (
     BY_DEVICE,
     EVERYWHERE,
     abstract,
+    abstract_params,
     own,
     param_specs,
     shown,
@@ -455,7 +456,7 @@ class ModelRunner:
 
     def _compile(self, key: Any) -> None:
         began = time.perf_counter()
-        self._executables[key] = self._lowered(key).compile()
+        self._executables[key] = self.lowered(key).compile()
         if self._report is not None:
             self._report(_label(key), time.perf_counter() - began)
 
@@ -477,15 +478,15 @@ class ModelRunner:
         specs = (self._param_specs, BY_DEVICE, EVERYWHERE, EVERYWHERE)
         pages, state = self._shapes
         arguments = (
-            abstract(program, self.params, self._param_specs),
+            abstract_params(program),
             abstract(program, pages, BY_DEVICE),
             abstract(program, state),
             abstract(program, packed),
         )
         return spread(program, step, specs, (EVERYWHERE, BY_DEVICE, EVERYWHERE)), arguments
 
-    def _lowered(self, key: Any) -> Any:
-        """Returns the program of a key, lowered from shapes alone."""
+    def lowered(self, key: Any) -> Any:
+        """Returns the program of a shape or name, lowered from shapes alone."""
         program = self.program
         pages, state = self._shapes
         pages, state = abstract(program, pages, BY_DEVICE), abstract(program, state)

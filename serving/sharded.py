@@ -16,6 +16,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.layers.param import named_parameters, tree_of
+from jaxserve.partitioning.mesh import places
 from jaxserve.partitioning.placement import AXES
 from jaxserve.serving.generation import Program
 
@@ -44,6 +45,18 @@ def param_specs(program: Program) -> Any:
     return tree_of(
         (path, PartitionSpec(*(c or None for c in cuts(leaf.axes, leaf.get_value().shape, sizes))))
         for path, leaf in named_parameters(program.model.module())
+    )
+
+
+def abstract_params(program: Program) -> Any:
+    """Returns shapes, dtypes and places of parameters, as `load_params` puts them on the mesh."""
+    if program.mesh is None or program.layout is None:
+        return program.model.abstract_params()
+    place = places(program.mesh, program.layout)
+    return tree_of(
+        (path, jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place(leaf.axes, a.shape)))
+        for path, leaf in named_parameters(program.model.module())
+        for a in (leaf.get_value(),)
     )
 
 

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
+from jax.experimental import layout
 
 from jaxserve.checkpoint.hf import HfReader
 from jaxserve.checkpoint.info import CheckpointInfo, Format, inspect
@@ -25,7 +26,7 @@ from jaxserve.progress import Reporter, Silent
 AHEAD_BYTES = 4 << 30
 """Of parameters read from afar, what may be under way on this host besides one of them."""
 
-ShardingOf = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
+ShardingOf = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding | layout.Format]
 
 
 def load_params(
@@ -118,7 +119,7 @@ def open_reader(info: CheckpointInfo) -> Reader:
 
 def _sharding_of(
     stored: Stored, sharding: jax.sharding.Sharding | ShardingOf | None
-) -> jax.sharding.Sharding | None:
+) -> jax.sharding.Sharding | layout.Format | None:
     if sharding is None or isinstance(sharding, jax.sharding.Sharding):
         return sharding
     return sharding(stored.axes, stored.shape)

@@ -18,6 +18,7 @@ from itertools import product
 
 import jax
 import numpy as np
+from jax.experimental.layout import Format
 
 from jaxserve.checkpoint.stored import Piece, Stored
 from jaxserve.checkpoint.tensors import Index, Reader
@@ -28,7 +29,9 @@ from jaxserve.layers.param import Axes, Axis, Joined, size_of
 _ALIGNMENT = 64
 
 
-def place(stored: Stored, reader: Reader, sharding: jax.sharding.Sharding | None) -> jax.Array:
+def place(
+    stored: Stored, reader: Reader, sharding: jax.sharding.Sharding | Format | None
+) -> jax.Array:
     """Returns the parameter on its devices; None means the default device.
 
     Raises:

@@ -19,7 +19,9 @@ from jaxserve.config import Activation, AttentionSpec, LayerSpec, MlpSpec, NormS
 from jaxserve.errors import UsageError
 from jaxserve.layers.decoder import Model
 from jaxserve.layers.param import Declare
+from jaxserve.partitioning import mesh as mesh_module
 from jaxserve.partitioning.layout_file import Buckets, choose
+from jaxserve.partitioning.memory_order import turned
 from jaxserve.serving.options import EngineOptions
 
 SMALL = EngineOptions(max_sequences=6, max_step_tokens=32, page_size=8)
@@ -138,11 +140,14 @@ def test_a_checkpoint_is_loaded_in_parts() -> None:
     np.testing.assert_allclose(llm.logits(PROMPTS[1]), expected, atol=limit)
 
 
-def test_accelerators_keep_layers_that_repeat_in_one_array(monkeypatch) -> None:
+def test_layers_that_repeat_lie_in_one_array_and_turned_as_on_a_tpu(monkeypatch) -> None:
+    monkeypatch.setattr(mesh_module, "turned", lambda platform, axes: turned("tpu", axes))
     with monkeypatch.context() as patch:
         patch.setattr(jax, "default_backend", lambda: "tpu")
         llm = js.load("tiny", dtype="float32", mesh=(2, 2, 2), show="silent")
     assert llm.program.model.declare.stack
+    orders = [leaf.format.layout.major_to_minor for leaf in jax.tree.leaves(llm._params)]
+    assert orders.count((0, 2, 3, 1)) == 3
     assert len(llm.params["layers"]) == llm.config.num_layers
     one = js.load("tiny", dtype="float32", show="silent")
     wanted = one.generate(PROMPTS, max_tokens=6, temperature=0)

@@ -22,6 +22,29 @@ def test_a_loop_is_a_layer_and_what_stands_outside_are_the_ends():
     ]
 
 
+CHOICE = """
+%skipped (p.1: bf16[64,288]) -> bf16[64,288] {
+  ROOT %p.1 = bf16[64,288]{1,0} parameter(0)
+}
+
+ENTRY %main (p.2: bf16[64,288], wanted: pred[]) -> bf16[64,288] {
+  %p.2 = bf16[64,288]{1,0} parameter(0)
+  %wanted = pred[] parameter(1)
+  ROOT %c = bf16[64,288]{1,0} conditional(%wanted, %p.2, %p.2), true_computation=%taken, \
+false_computation=%skipped
+}
+"""
+
+
+def test_a_branch_counts_apart_with_the_loops_in_it():
+    found = collectives(LOOP.replace("ENTRY %main", "%taken") + CHOICE, CUBE)
+    assert [(one.kind, one.where) for one in found] == [
+        ("all-gather", Where.BRANCH),
+        ("reduce-scatter", Where.BRANCH),
+        ("all-reduce", Where.BRANCH),
+    ]
+
+
 def entry(*lines: str) -> str:
     """Returns a program of these lines, after `%p`, of which the last is the result."""
     *others, last = lines

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 
 from jaxserve.errors import UnsupportedError, UsageError
 from jaxserve.partitioning.layout import Ffn, Heads, PhaseLayout
+from jaxserve.partitioning.memory_order import turned
 from jaxserve.partitioning.mesh import (
     MeshPlan,
     along_of,
@@ -145,12 +146,22 @@ def test_a_part_of_a_slice_has_no_rings() -> None:
 )
 def test_weights_lie_width_over_x_and_the_rest_over_zy(axes, shape, expected) -> None:
     found = places(make_mesh(MeshPlan(2, 2, 2)), WS2D)(axes, shape)
+    assert isinstance(found, jax.NamedSharding)
     assert found.is_equivalent_to(jax.NamedSharding(found.mesh, expected), len(shape))
 
 
 def test_one_dimensional_layouts_keep_the_width() -> None:
     found = places(make_mesh(MeshPlan(2, 2, 2)), WS1D)(("embed", "ffn"), (48, 64))
+    assert isinstance(found, jax.NamedSharding)
     assert found.spec == PartitionSpec(None, ("z", "y", "x"))
+
+
+def test_first_projections_of_attention_lie_heads_first_on_a_tpu() -> None:
+    assert turned("tpu", ("embed", "heads", "head")) == (1, 2, 0)
+    assert turned("tpu", ("layers", "embed", "kv_heads", "head")) == (0, 2, 3, 1)
+    for axes in (("heads", "head", "embed"), ("embed", "ffn"), ("layers", "embed", "fused")):
+        assert turned("tpu", axes) is None
+    assert turned("cpu", ("embed", "heads", "head")) is None
 
 
 def test_each_device_holds_its_part() -> None:
