@@ -60,6 +60,7 @@ class StepReport:
 
     Attributes:
         shape: of each shard.
+        axes: of the mesh, of more than one chip.
         tokens, rows: of the whole step; rows as they are sampled, evenly by all chips.
         predicted, compiled: bytes, see `cost.totals`.
         copies: weights or pages that the program moves about, in words.
@@ -71,6 +72,7 @@ class StepReport:
     """
 
     shape: StepShape
+    axes: tuple[str, ...]
     tokens: int
     rows: int
     predicted: dict[Key, int]
@@ -84,15 +86,21 @@ class StepReport:
     text: str = field(repr=False)
 
     @property
-    def differing(self) -> dict[Key, tuple[int, int]]:
-        """Returns (predicted, compiled) bytes of what is not as predicted.
+    def sent(self) -> tuple[dict[Key, int], dict[Key, int]]:
+        """Returns (predicted, compiled) bytes, results among them.
 
         What a branch sends, for who asks for a prompt's log-probabilities, is left out.
         """
-        predicted, compiled = _summed(self.predicted), _summed(self.compiled)
+        predicted, compiled = (_summed(one, self.axes) for one in (self.predicted, self.compiled))
         for dtype in _RESULTS:
-            key = _results(dtype)
+            key = _results(dtype, self.axes)
             predicted[key] = predicted.get(key, 0) + self.result_bytes
+        return predicted, compiled
+
+    @property
+    def differing(self) -> dict[Key, tuple[int, int]]:
+        """Returns (predicted, compiled) bytes of what is not as predicted."""
+        predicted, compiled = self.sent
         pairs = {key: (predicted.get(key, 0), compiled.get(key, 0)) for key in predicted | compiled}
         return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
@@ -105,11 +113,11 @@ class StepReport:
 _RESULTS = ("s32", "f32")
 
 
-def _results(dtype: str) -> Key:
-    return "all-reduce", AXES, dtype, Where.ENDS
+def _results(dtype: str, axes: tuple[str, ...]) -> Key:
+    return "all-reduce", axes, dtype, Where.ENDS
 
 
-def _summed(found: dict[Key, int]) -> dict[Key, int]:
+def _summed(found: dict[Key, int], every: tuple[str, ...]) -> dict[Key, int]:
     """Returns bytes without those of branches; small gathers of results count as sums.
 
     A compiler may write the gather of a few numbers as a sum of zeros, which for them is quicker.
@@ -119,8 +127,8 @@ def _summed(found: dict[Key, int]) -> dict[Key, int]:
         kind, axes, dtype, where = key
         if where is Where.BRANCH:
             continue
-        if where is Where.ENDS and kind == "all-gather" and dtype in _RESULTS and axes == AXES:
-            key = _results(dtype)
+        if where is Where.ENDS and kind == "all-gather" and dtype in _RESULTS and axes == every:
+            key = _results(dtype, every)
         out[key] = out.get(key, 0) + size
     return out
 
@@ -143,6 +151,7 @@ def check_step(runner: ModelRunner, shape: StepShape) -> StepReport:
     asked = Pass(tokens, rows, declare.dtype, Stage.SAMPLED, weights)
     return StepReport(
         shape,
+        tuple(axis for axis in AXES if sizes[axis] > 1),
         tokens,
         rows,
         totals(step_collectives(config, comm.phase, sizes, asked)),

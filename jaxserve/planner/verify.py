@@ -4,10 +4,11 @@
     checked.check()                    # raises with the term that differs
 
 A step is traced with abstract weights and compiled ahead of time for the slice, which needs libtpu
-but no TPU, or for GPUs, which needs the CUDA plugin but no GPU. Without either, and for other
-chips, forced CPU devices stand in, which shows the kinds of collectives and their axes alone. A
-compile that hangs or crashes takes its own process with it, and what was compiled once is kept by
-what went in.
+but no TPU, or for GPUs, which needs the CUDA plugin but no GPU. For a TPU it is the step that the
+server runs, made by its own runner; on GPUs, on one chip, and where phases have chips of their own,
+that of the functional core. Forced CPU devices stand in for other chips, which shows the kinds of
+collectives and their axes alone. A compile that hangs or crashes takes its own process with it, and
+what was compiled once is kept by what went in.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ from jaxserve.config import KvDtype, ModelConfig, Quantization
 from jaxserve.errors import JaxserveError, UnsupportedError
 from jaxserve.partitioning.demand import Serving
 from jaxserve.partitioning.estimate import Estimate
-from jaxserve.partitioning.hardware import ChipSlice, Fabric
+from jaxserve.partitioning.hardware import ChipSlice
 from jaxserve.partitioning.layout import PhaseLayout
+from jaxserve.partitioning.layout_file import Layout
 from jaxserve.planner.answers import Plan
 from jaxserve.planner.gpu_topology import known
 
@@ -45,6 +47,22 @@ LIMIT_S = 600.0
 
 TOLERANCE = 0.02
 """Share by which bytes of a collective may differ: what a compiler pads."""
+
+
+COMPILED = ("v4", "v5e", "v5p", "v6e", "tpu7x")
+"""Chips that libtpu compiles for, by the names it has for slices."""
+
+
+class Server(msgspec.Struct, frozen=True):
+    """What makes a plan's step that of the server which is to run it.
+
+    Attributes:
+        layout: of both phases, with the sizes of the engine.
+        kv_bytes: what pages may take of a device, at most.
+    """
+
+    layout: Layout
+    kv_bytes: int
 
 
 class Question(msgspec.Struct, frozen=True):
@@ -57,6 +75,7 @@ class Question(msgspec.Struct, frozen=True):
         gpu: a GPU that the CUDA plugin knows, or None; CPU devices are there for neither.
         host_chips: GPUs of a host.
         megacore: the two cores of a chip are one device.
+        server: the engine's own step is compiled; None compiles that of the functional core.
     """
 
     config: ModelConfig
@@ -71,6 +90,7 @@ class Question(msgspec.Struct, frozen=True):
     megacore: bool = False
     quantize: Quantization | None = None
     kv_dtype: KvDtype | None = None
+    server: Server | None = None
 
     @property
     def stand_in(self) -> bool:
@@ -178,7 +198,7 @@ class Verified:
                 table.add_column(name, justify="right" if name else "left")
             for key in dict.fromkeys([*step.predicted, *step.compiled]):
                 here, there = step.predicted.get(key, 0), step.compiled.get(key, 0)
-                table.add_row(key, f"{here:,}", f"{there:,}", "" if here == there else "≠")
+                table.add_row(key, f"{here:,}", f"{there:,}", _mark(here, there))
             if step.exact:
                 rows = (
                     ("weights, cache, tokens", step.planned_bytes, step.argument_bytes),
@@ -186,10 +206,17 @@ class Verified:
                     ("copies of weights or cache", 0, len(step.copies)),
                 )
                 for name, here, there in rows:
-                    table.add_row(name, f"{here:,}", f"{there:,}", "" if here == there else "≠")
+                    table.add_row(name, f"{here:,}", f"{there:,}", _mark(here, there))
             parts.append(table)
             parts += [Text(f"differs: {text}") for text in step.differing]
         return Group(*parts)
+
+
+def _mark(here: int, there: int) -> str:
+    """Returns a sign for what differs, and for what differs by no more than a compiler pads."""
+    if here == there:
+        return ""
+    return "≈" if abs(here - there) <= TOLERANCE * here else "≠"
 
 
 def verified(plan: Plan, limit_s: float = LIMIT_S) -> Verified:
@@ -223,7 +250,7 @@ def verified(plan: Plan, limit_s: float = LIMIT_S) -> Verified:
         slots = demand.input_tokens if name == "prefill" else demand.context_tokens
         # The program cuts rows evenly.
         slots = -(-slots // 128) * 128
-        is_tpu = on.chip.fabric in (Fabric.PLANE, Fabric.TORUS)
+        is_tpu = on.chip.name in COMPILED
         question = Question(
             plan.found.config,
             phase,
@@ -231,16 +258,25 @@ def verified(plan: Plan, limit_s: float = LIMIT_S) -> Verified:
             batch,
             slots,
             length,
-            on.name if is_tpu else None,
+            target=on.name if is_tpu else None,
             gpu=on.chip.device_kind if not is_tpu and known(on.chip.device_kind) else None,
             host_chips=on.chip.host_chips,
             megacore=on.chip.name == "v4",
             quantize=plan.quantize,
             kv_dtype=plan.kv_dtype,
+            server=_server(plan, on) if is_tpu else None,
         )
         answer, cached = _asked(question, limit_s)
         found.append(_step(name, question, answer, cached, steps[name], on))
     return Verified(tuple(found))
+
+
+def _server(plan: Plan, on: ChipSlice) -> Server | None:
+    """Returns how a plan is served; None on one chip, or where phases have chips of their own."""
+    layout = plan.layout
+    if layout is None or layout.mesh.num_devices == 1:
+        return None
+    return Server(layout, int(on.device_hbm_bytes))
 
 
 def _step(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -14,13 +15,15 @@ import msgspec
 from jaxserve.errors import JaxserveError
 from jaxserve.partitioning.cost import Key
 from jaxserve.partitioning.plan import MeshPlan
-from jaxserve.planner.verify import Question
+from jaxserve.planner.verify import Question, Server
 
 _MEGACORE = "megacore"
 
 
 def answer(question: Question) -> dict[str, Any]:
     """Returns the compiled step beside its plan."""
+    if question.server is not None:
+        return _served(question, question.server)
     from jaxserve.planner.check import check
     from jaxserve.planner.gpu_topology import Gpus
     from jaxserve.planner.lower import Job, kv_bytes
@@ -53,6 +56,37 @@ def answer(question: Question) -> dict[str, Any]:
         "copies": list(report.copies),
         "planned_bytes": report.planned_bytes,
         "kv_bytes": kv_bytes(job, on.sizes),
+        "argument_bytes": report.argument_bytes,
+        "temp_bytes": report.temp_bytes,
+        "compile_s": report.compile_s,
+    }
+
+
+def _served(question: Question, server: Server) -> dict[str, Any]:
+    """Returns the step of a server beside its plan."""
+    from jaxserve.planner.engine_step import check_step, engine_on
+    from jaxserve.planner.topology import Slice
+    from jaxserve.serving.options import EngineOptions
+    from jaxserve.serving.placing import sized
+
+    assert question.target is not None
+    on = Slice(question.target, server.layout.mesh, _MEGACORE if question.megacore else None)
+    config = replace(question.config, max_context_tokens=question.slots)
+    options = sized(EngineOptions(kv_bytes=server.kv_bytes), server.layout)
+    made = engine_on(on, config, server.layout, options, question.quantize, question.kv_dtype)
+    runner = made.runner
+    shards = runner.program.comm.num_shards
+    rows = -(-question.batch // shards)
+    tokens = -(-question.batch * question.length // shards)
+    shape = runner.ladder.fit(rows if question.length == 1 else max(tokens, rows + 1), rows)
+    report = check_step(runner, shape)
+    predicted, compiled = report.sent
+    return {
+        "predicted": _named(predicted),
+        "compiled": _named(compiled),
+        "copies": list(report.copies),
+        "planned_bytes": report.planned_bytes,
+        "kv_bytes": runner.array_bytes["pages"],
         "argument_bytes": report.argument_bytes,
         "temp_bytes": report.temp_bytes,
         "compile_s": report.compile_s,

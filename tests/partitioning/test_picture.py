@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from jaxserve.partitioning.layout_file import choose
 from jaxserve.partitioning.mesh import MeshPlan, make_mesh, places
@@ -51,6 +52,7 @@ def test_the_parts_are_those_of_the_arrays(mesh, names) -> None:
         shape = (panel.rows.size, panel.columns.size)
         sharding = place((panel.rows.name, panel.columns.name), shape)
         pieces = {}
+        assert isinstance(sharding, NamedSharding)
         for device, (rows, columns) in sharding.devices_indices_map(shape).items():
             at = rows.start or 0, columns.start or 0
             pieces.setdefault(at, []).append(numbers.index(device))

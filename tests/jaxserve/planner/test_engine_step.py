@@ -86,7 +86,19 @@ def test_what_is_sent_besides_differs() -> None:
 
     def of(predicted: dict[Any, int], compiled: dict[Any, int]) -> StepReport:
         return StepReport(
-            StepShape(2, 2), 16, 16, predicted, compiled, (), 0, 0, 0, 84, 0.0, "program"
+            StepShape(2, 2),
+            ("x", "y", "z"),
+            16,
+            16,
+            predicted,
+            compiled,
+            (),
+            0,
+            0,
+            0,
+            84,
+            0.0,
+            "program",
         )
 
     sent = {key: 8, gathered: 84, summed: 84, branch: 4}

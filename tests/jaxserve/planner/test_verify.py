@@ -142,17 +142,22 @@ def test_a_compile_that_takes_too_long_is_stopped(monkeypatch: pytest.MonkeyPatc
         verified(plan, limit_s=0.01)
 
 
+@pytest.mark.parametrize(
+    "on", [pytest.param("h100:2", marks=pytest.mark.slow), "v5e:2x2"], ids=["GPU", "TPU"]
+)
 def test_devices_of_a_processor_stand_in_for_other_chips(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, on: str
 ):
     monkeypatch.setenv("JAXSERVE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("jaxserve.planner.verify.known", lambda kind: False)
+    monkeypatch.setattr("jaxserve.planner.verify.COMPILED", ())
     plan = planner.search(
-        "tiny", "h100:2", input_tokens=64, output_tokens=16, batch=(8, 8), max_replicas=1
+        "tiny", on, input_tokens=64, output_tokens=16, batch=(8, 8), max_replicas=1
     )
+    devices = plan.best.option.part.num_devices
     first = verified(plan)
     first.check()
-    assert [step.on for step in first.steps] == ["cpu:2", "cpu:2"]
+    assert [step.on for step in first.steps] == [f"cpu:{devices}"] * 2
     assert not any(step.exact or step.cached for step in first.steps)
     # Kinds and axes are asked for; the bytes agree too.
     assert all(step.predicted == step.compiled for step in first.steps)
