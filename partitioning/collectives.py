@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
@@ -619,21 +620,37 @@ def _scattered(pieces: Array, axes: tuple[str, ...]) -> Array:
 
 def _rows(table: Array, index: Array, scales: Array | None, dtype: DTypeLike) -> Array:
     """Returns the rows of a table, of their scales where it is quantised."""
+    parts = _column_parts(table, len(index))
+    if parts == 1:
+        rows = _by_rows(table, index)
+    else:
+        cut = partial(_by_columns, parts)
+        rows = lax.platform_dependent(table, index, tpu=cut, default=_by_rows)
     if scales is None:
-        return jnp.take(table, index, axis=0).astype(dtype)
-    columns = jnp.split(table, _column_parts(table, len(index)), axis=1)
-    rows = jnp.concatenate([jnp.take(some, index, axis=0) for some in columns], axis=1)
+        return rows.astype(dtype)
     return (rows.astype(jnp.float32) * jnp.take(scales, index, axis=0)[:, None]).astype(dtype)
 
 
+def _by_rows(table: Array, index: Array) -> Array:
+    return jnp.take(table, index, axis=0)
+
+
+def _by_columns(parts: int, table: Array, index: Array) -> Array:
+    """Returns rows of a table that is cut into parts of its width."""
+    columns = jnp.split(table, parts, axis=1)
+    return jnp.concatenate([_by_rows(some, index) for some in columns], axis=1)
+
+
 def _column_parts(table: Array, num_tokens: int) -> int:
-    """Returns into how many parts a table of int8 is cut, so that a TPU can look up many tokens.
+    """Returns into how many parts a table is cut, so that a TPU can look up many tokens.
 
     A table that fits into fast memory is brought there, and made one of 32 bits by the lookup: 8
-    MiB become 32 there, all that a program may have. A longer table is read where it lies, and few
-    tokens are read one by one.
+    MiB of int8 become 32 there, all that a program may have. A longer table is read where it lies,
+    and few tokens are read one by one.
     """
-    if table.size > 32 << 20 or num_tokens <= 256:
+    rounded = table.dtype == jnp.int8
+    few, words = (256, 4 << 20) if rounded else (64, 15 << 19)
+    if num_tokens <= few or not words < table.size <= (32 << 20) // table.dtype.itemsize:
         return 1
     least, lanes = -(-table.size // (4 << 20)), table.shape[1] / 128
     return next((parts for parts in range(least, int(lanes) + 1) if lanes % parts == 0), 1)
