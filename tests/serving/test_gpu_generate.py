@@ -20,9 +20,12 @@ from jaxserve.layers.param import Declare
 from jaxserve.pallas_kernels.hopper import FIRST
 from jaxserve.serving.options import EngineOptions
 
-pytestmark = pytest.mark.skipif(
-    jax.__version_info__ < FIRST, reason="this JAX has no Mosaic GPU that is interpreted"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        jax.__version_info__ < FIRST, reason="this JAX has no Mosaic GPU that is interpreted"
+    ),
+    pytest.mark.usefixtures("compile_fast"),
+]
 SMALL = EngineOptions(max_sequences=1, max_step_tokens=16, page_size=16, kv_bytes=1 << 20)
 LAYER = LayerSpec(
     AttentionSpec(4, 2, 16, rope=RopeSpec(16)), MlpSpec(32, Activation.SILU, gated=True), NormSpec()

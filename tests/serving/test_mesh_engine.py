@@ -31,6 +31,8 @@ from jaxserve.serving.options import EngineOptions
 from jaxserve.serving.request import Request, SamplingParams, TokenEvent
 from jaxserve.serving.sharded import param_specs, shardings
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 Tokens = dict[tuple[str, int], list[int]]
 
 VOCAB = 96
@@ -69,7 +71,6 @@ class Case(NamedTuple):
 PAIRWISE = (
     Case((2, 2, 2), Ffn.WG_XY, Ffn.WS2D, Heads.BATCH),
     Case((8, 1, 1), Ffn.WS1D, Ffn.WS1D, Heads.HEADS),
-    Case((2, 2, 2), Ffn.WS2D, Ffn.WS2D, Heads.HEADS_BATCH_XY),
 )
 ALL = [
     Case(mesh, prefill, decode, heads)

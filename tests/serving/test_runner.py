@@ -21,6 +21,8 @@ from jaxserve.serving.runner import Ticket
 
 from .conftest import VOCAB
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 STEPS = 10_000
 SMALL = 16_000
 """Bytes of keys and values: one sequence of full context, or a few short ones."""

@@ -19,6 +19,8 @@ from jaxserve.layers.decoder import Model
 from jaxserve.layers.param import Declare
 from jaxserve.serving.options import EngineOptions
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 SMALL = EngineOptions(max_sequences=2, max_step_tokens=16, page_size=16, kv_bytes=1 << 20)
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2]]
 

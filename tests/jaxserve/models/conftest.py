@@ -22,6 +22,11 @@ Forward = Callable[[Loaded, np.ndarray], np.ndarray]
 _logits = jax.jit(logits, static_argnums=0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_optimisations(compile_fast: None) -> None:
+    """Compiles every model here fast."""
+
+
 @pytest.fixture(scope="session")
 def load() -> Load:
     """Returns a function from a checkpoint directory and a dtype to program and parameters."""
