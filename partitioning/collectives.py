@@ -291,8 +291,9 @@ class MeshComm:
         return False
 
     def move(self, x: Array, source: Stage, target: Stage) -> Array:
-        """Returns x[T, features, ...] of one stage as another needs it."""
-        return self._carry(x, self._moves(self.placement(source), self.placement(target)))
+        """Returns x[T, features, ...] of one stage as another needs it; scores go as they are."""
+        plan = self._moves(self.placement(source), self.placement(target))
+        return self._carry(x, plan, wire=source is not Stage.SCORED)
 
     def contract(self, x: Array, source: Stage, values: Array, dim: int, product: Product) -> Array:
         """Returns the product of x[T, features, ...], brought to `Stage.CONTRACTED`, and a weight.
@@ -305,10 +306,10 @@ class MeshComm:
 
         def terms(piece: Array, first: Array) -> Array:
             own = lax.dynamic_slice_in_dim(values, first, piece.shape[1], dim)
-            return product(piece, own, jnp.dtype("float32"))
+            return product(piece.astype(x.dtype), own, jnp.dtype("float32"))
 
-        x = self._carry(x, plan[:-1])
-        return gathered_product(x, terms, plan[-1].axes[0], self.phase.overlap).astype(x.dtype)
+        sent = self._sent(self._carry(x, plan[:-1]), Kind.ALL_GATHER)
+        return gathered_product(sent, terms, plan[-1].axes[0], self.phase.overlap).astype(x.dtype)
 
     def distribute(self, parts: Sequence[Part]) -> list[Array]:
         """Returns what the first projections give, each where it is needed.
@@ -515,10 +516,15 @@ class MeshComm:
         size = max(1, x.shape[1] // pieces)
         return lax.dynamic_slice_in_dim(x, self._index(extra) * x.shape[1] // pieces, size, 1)
 
-    def _carry(self, x: Array, plan: Sequence[Move]) -> Array:
+    def _carry(self, x: Array, plan: Sequence[Move], wire: bool = True) -> Array:
         for move in plan:
-            x = self._one(x, move)
+            sent = self._sent(x, move.kind) if wire else x
+            x = self._one(sent, move).astype(x.dtype)
         return x
+
+    def _sent(self, x: Array, kind: Kind) -> Array:
+        """Returns activations in the element type in which they go to other devices."""
+        return x.astype(self.phase.sent_as(kind, x.dtype.name))
 
     def _one(self, x: Array, move: Move) -> Array:
         dim = 0 if move.dim is Dim.TOKENS else 1
@@ -554,7 +560,9 @@ class MeshComm:
         ]
         whole = list(dict.fromkeys(bundle for bundle in own if bundle is not None))
         alone = [part.x for part, bundle in zip(parts, own, strict=True) if bundle is None]
-        found = self._scatter_together([*(bundle.x for bundle in whole), *alone], move)
+        arrays = [*(bundle.x for bundle in whole), *alone]
+        sums = self._scatter_together([self._sent(x, move.kind) for x in arrays], move)
+        found = [out.astype(x.dtype) for out, x in zip(sums, arrays, strict=True)]
         split = {b: iter(b.split(x)) for b, x in zip(whole, found[: len(whole)], strict=True)}
         rest = iter(found[len(whole) :])
         return [next(rest if bundle is None else split[bundle]) for bundle in own]

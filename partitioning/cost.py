@@ -238,7 +238,7 @@ class _Meter:
         dtype: str | None = None,
         where: Where = Where.LAYER,
     ) -> Collective:
-        dtype = dtype or self.dtype
+        dtype = dtype or self.phase.sent_as(kind, self.dtype)
         lies = tuple(axis for axis in self.sizes if axis in set(axes))
         return Collective(kind.value, lies, xla_name(dtype), elements * dtype_bytes(dtype), where)
 
@@ -292,7 +292,8 @@ class _Meter:
             used = self.phase.used(name, size, self.sizes)
             if over := tuple(axis for axis in cut if axis not in used):
                 elements *= self.count(over)
-                yield self.one(Kind.ALL_GATHER, over, elements, dtype or self.weights)
+                kept = dtype or self.weights or self.dtype
+                yield self.one(Kind.ALL_GATHER, over, elements, kept)
 
     def norm(
         self, spec: NormSpec, stage: Stage, where: Where = Where.LAYER

@@ -17,7 +17,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 
+from jaxserve.config import dtype_bytes
+from jaxserve.errors import UsageError
 from jaxserve.partitioning.placement import Dim, Kind, Move, Placement
+
+WIRES = ("bfloat16", "float16", "float32")
+"""Element types in which activations may go between devices."""
 
 TOKEN_ORDER = ("x", "y", "z")
 HIDDEN_ORDER = ("z", "y", "x")
@@ -95,11 +100,26 @@ class PhaseLayout:
         heads: how attention is cut.
         overlap: how what the last projections read is gathered beside their products, where it is
             gathered over one axis; see `collective_matmul`.
+        wire: element type of activations between devices; None is their own. Sums are made in it;
+            what is only copied goes in the narrower of the two.
     """
 
     ffn: Ffn
     heads: Heads
     overlap: Ring = Ring.PLAIN
+    wire: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.wire not in (None, *WIRES):
+            raise UsageError(f"wire={self.wire!r} is unknown; use {', '.join(WIRES)} or None")
+
+    def sent_as(self, kind: Kind, dtype: str) -> str:
+        """Returns the element type in which activations of `dtype` go between devices."""
+        if self.wire is None or kind is Kind.CUT:
+            return dtype
+        sums = kind in (Kind.ALL_REDUCE, Kind.REDUCE_SCATTER)
+        narrower = dtype_bytes(self.wire) < dtype_bytes(dtype)
+        return self.wire if sums or narrower else dtype
 
     @property
     def stripes(self) -> tuple[str, ...]:
@@ -221,7 +241,8 @@ class PhaseLayout:
 
     def __str__(self) -> str:
         ring = "" if self.overlap is Ring.PLAIN else f"/{self.overlap}"
-        return f"{self.ffn}/{self.heads}{ring}"
+        wire = "" if self.wire is None else f"/{self.wire} wire"
+        return f"{self.ffn}/{self.heads}{ring}{wire}"
 
 
 @cache

@@ -150,6 +150,7 @@ class Case:
     padding: Padding | None = None
     quantize: Quantization | None = None
     overlap: Ring = Ring.PLAIN
+    wire: str | None = None
 
     def __str__(self) -> str:
         mesh = "x".join(map(str, self.mesh))
@@ -158,7 +159,7 @@ class Case:
     @property
     def phases(self) -> tuple[PhaseLayout, PhaseLayout]:
         prefill, decode = (
-            PhaseLayout(ffn, self.heads, self.overlap) for ffn in (self.prefill, self.decode)
+            PhaseLayout(ffn, self.heads, self.overlap, self.wire) for ffn in (self.prefill, self.decode)
         )
         return prefill, decode
 

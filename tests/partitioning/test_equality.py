@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
 
@@ -82,6 +83,13 @@ def test_weights_that_lie_apart_give_the_same() -> None:
 )
 def test_products_beside_their_communication_give_the_same(family, mesh, ring) -> None:
     assert error(Case(family, mesh, Ffn.WS2D, Ffn.WS2D, Heads.HEADS, overlap=ring)) < LIMIT
+
+
+@pytest.mark.parametrize("heads", [Heads.HEADS, Heads.BATCH], ids=str)
+def test_activations_may_go_in_a_narrower_type(heads) -> None:
+    case = Case("llama", (2, 2, 2), Ffn.WS2D, Ffn.WS2D, heads)
+    assert error(replace(case, wire="float32")) == error(case)
+    assert 100 * LIMIT < error(replace(case, wire="bfloat16")) < 0.05
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,8 @@ def test_a_file_keeps_everything(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {
         "model": model_digest(CONFIG),
         "mesh": {"x": 2, "y": 2, "z": 2, "data": 1, "expert": 1, "pipeline": 1},
-        "prefill": {"ffn": "wg-x", "heads": "heads", "overlap": "plain"},
-        "decode": {"ffn": "wg-x", "heads": "heads", "overlap": "plain"},
+        "prefill": {"ffn": "wg-x", "heads": "heads", "overlap": "plain", "wire": None},
+        "decode": {"ffn": "wg-x", "heads": "heads", "overlap": "plain", "wire": None},
         "dtypes": {"weights": "float32", "activations": "float32", "kv": "float32"},
         "buckets": {"max_sequences": 8, "max_step_tokens": 64},
         "version": 1,
@@ -126,6 +126,11 @@ def test_a_file_stands_alone(tmp_path: Path) -> None:
             {"decode": {"ffn": "ws2d", "heads": "heads", "overlapp": "one-way"}},
             CheckpointError,
             "decode has 'overlapp'",
+        ),
+        (
+            {"decode": {"ffn": "ws2d", "heads": "heads", "wire": "int8"}},
+            UsageError,
+            "wire='int8' is unknown; use bfloat16, float16, float32 or None",
         ),
     ],
 )

@@ -112,6 +112,16 @@ def test_pieces_that_go_around_are_as_many_bytes_as_a_gather(ring):
     assert report.wire("compiled") == sum(layer)
 
 
+@pytest.mark.parametrize(("dtype", "wire"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_sums_are_made_in_the_wires_type_and_copies_go_in_the_narrower(dtype, wire):
+    phase = PhaseLayout(Ffn.WS2D, Heads.BATCH, wire=wire)
+    report = check(Job(SERIAL, phase, 64, 128, dtype=dtype), SLICES["v5e:2x4"])
+    assert differences(report) == {}
+    sent = {(kind, name) for kind, _, name, where in report.compiled if where is Where.LAYER}
+    assert {("reduce-scatter", {"bfloat16": "bf16", "float32": "f32"}[wire])} <= sent
+    assert {name for kind, name in sent if kind in ("all-gather", "all-to-all")} == {"bf16"}
+
+
 @pytest.mark.parametrize(
     ("ffn", "heads", "quantize"),
     [
