@@ -23,9 +23,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -172,6 +169,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="keep the rows here")
     parser.add_argument("--model", choices=sorted({case.model for case in CASES}))
     options = parser.parse_args()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
     rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
     if not options.json:
         known = {row["case"] for row in rows}

@@ -288,7 +288,11 @@ def runs(kept: np.ndarray, data: np.ndarray, gap_bytes: int) -> list[tuple[int, 
     starts = np.array([start])
     for stride, size in dims:
         starts = (starts[:, None] + stride * np.arange(size)).reshape(-1)
-    return [(int(one), int(one) + length) for one in np.sort(starts)]
+    starts = np.sort(starts)
+    # The last piece of one row and the first of the next may meet.
+    apart = np.flatnonzero(np.diff(starts) - length > gap_bytes)
+    firsts, lasts = starts[np.r_[0, apart + 1]], starts[np.r_[apart, starts.size - 1]]
+    return [(int(a), int(b) + length) for a, b in zip(firsts, lasts, strict=True)]
 
 
 def _below(root: str, name: str) -> str:

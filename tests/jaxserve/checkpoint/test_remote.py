@@ -144,6 +144,12 @@ def test_runs_cover_a_view_and_no_more_than_gaps(data):
         assert (covered == wanted).all()
 
 
+def test_runs_that_meet_are_one():
+    bytes_ = np.zeros(12, np.uint8)
+    view = bytes_.view(np.int16).reshape(2, 3)[:, ::2]
+    assert runs(view, bytes_, 0) == [(0, 2), (4, 8), (10, 12)]
+
+
 def test_a_long_header_is_read_to_its_end(llama, monkeypatch):
     monkeypatch.setattr(remote, "HEADER_BYTES", 16)
     same(put(llama.path), llama.path)
