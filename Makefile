@@ -10,7 +10,10 @@ demo: .venv/.core ## Complete a Python function with the embedded model
 	@.venv/bin/jaxserve generate "def read_lines(path):" --max-tokens 96 --seed 2
 
 # Python 3.11 gets the last JAX that supports it, and a torch to compare with.
-PARITY_TESTS := tests/test_house.py tests/jaxserve/models tests/jaxserve/test_api.py
+API := tests/jaxserve/test_api.py::test
+PARITY_TESTS := tests/test_house.py tests/jaxserve/models \
+	$(API)_greedy_generation_is_the_argmax_of_the_whole_forward \
+	$(API)_a_list_gives_a_list_and_each_as_if_alone
 
 # One process a core: most of a test's time goes to compiling and to starting commands.
 PYTEST := python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal

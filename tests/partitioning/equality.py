@@ -159,7 +159,8 @@ class Case:
     @property
     def phases(self) -> tuple[PhaseLayout, PhaseLayout]:
         prefill, decode = (
-            PhaseLayout(ffn, self.heads, self.overlap, self.wire) for ffn in (self.prefill, self.decode)
+            PhaseLayout(ffn, self.heads, self.overlap, self.wire)
+            for ffn in (self.prefill, self.decode)
         )
         return prefill, decode
 

@@ -169,6 +169,7 @@ def test_tokens_are_those_of_one_device(case: Case) -> None:
     check(case)
 
 
+@pytest.mark.slow
 def test_pages_may_be_cut_over_devices() -> None:
     check(Case((2, 2, 2), Ffn.WG_X, Ffn.WS2D, Heads.SEQUENCE), UNWINDOWED)
 

@@ -294,7 +294,9 @@ def server() -> Iterator[tuple[LLM, httpx.Client]]:
         yield served, client
 
 
-@pytest.fixture(scope="module", params=DTYPES)
+@pytest.fixture(
+    scope="module", params=["bfloat16", pytest.param("float32", marks=pytest.mark.slow)]
+)
 def dtype(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -468,8 +470,6 @@ UNLIKE = {
     "bloom": "bfloat16",  # ALiBi
     "falcon-7b": "float32",  # one key head, blocks side by side
     "gemma2": "bfloat16",  # windows, soft caps, norms behind
-    "gpt2": "float32",  # learned positions
-    "phi3-long": "float32",  # rotations that depend on the length
     "qwen3_moe": "bfloat16",  # experts, norms of heads
 }
 """Models that an engine could treat differently, in one dtype; all others are slow tests."""

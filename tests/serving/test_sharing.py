@@ -169,7 +169,10 @@ def assert_scores_are_those_of_the_text(llm: js.LLM, prompt: list[int], done: Co
     np.testing.assert_allclose([entry.logprob for entry in done.logprobs], wanted, atol=2e-5)
 
 
-@pytest.mark.parametrize("length", [pytest.param(15, marks=pytest.mark.slow), 16, 17])
+@pytest.mark.parametrize(
+    "length",
+    [pytest.param(15, marks=pytest.mark.slow), 16, pytest.param(17, marks=pytest.mark.slow)],
+)
 def test_a_copied_page_is_what_the_parent_had(llm: js.LLM, length: int) -> None:
     prompt = np.random.default_rng(length).integers(0, 31, length).tolist()
     samples = llm.generate(prompt, n=4, max_tokens=20, temperature=1, seed=2, logprobs=0)
