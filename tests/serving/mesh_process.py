@@ -22,7 +22,7 @@ def main(address: str, num_processes: int, process: int) -> None:
     from jaxserve.partitioning.mesh import MeshPlan, make_mesh
     from jaxserve.serving.generation import Program
     from jaxserve.serving.sharded import param_specs, shardings
-    from tests.serving.test_mesh_engine import MODEL, SMALL, served, values
+    from tests.serving.test_mesh_engine import MODEL, served, small, values
 
     layouts = PhaseLayout(Ffn.WG_XY, Heads.BATCH), PhaseLayout(Ffn.WS2D, Heads.BATCH)
     mesh = make_mesh(MeshPlan(2, 2, 2))
@@ -32,7 +32,7 @@ def main(address: str, num_processes: int, process: int) -> None:
         jax.device_get(values()),
         shardings(mesh, param_specs(program)),
     )
-    found, _ = served(program, placed, SMALL)
+    found, _ = served(program, placed, small(program))
     print(json.dumps([[*sample, tokens] for sample, tokens in sorted(found.items())]))
 
 

@@ -174,6 +174,7 @@ def test_a_prompt_read_in_chunks_is_as_tokens_one_by_one(llm: js.LLM) -> None:
     assert_same_scores(llm, TOKENS[:5], done)
 
 
+@pytest.mark.slow
 def test_the_engine_gives_what_the_functional_loop_with_the_whole_cache_gives(
     llm: js.LLM, params: Params
 ) -> None:
