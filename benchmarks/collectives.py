@@ -57,16 +57,21 @@ def versions() -> dict[str, str]:
     return {"jax": version("jax"), "libtpu": version("libtpu"), "python": platform.python_version()}
 
 
-def config_of(row: Row) -> Any:
-    """Returns the model, with layers that the slice can hold; a layer sends the same."""
+def model_on(model: str, name: str, ffn: str) -> Any:
+    """Returns a model with the layers that a slice can hold; a layer sends the same."""
     from jaxserve.models.named import named_config
 
-    config = named_config(row.model)
-    if (row.model, row.slice) != ("palm-540b", "v5e:8x8"):
+    config = named_config(model)
+    if (model, name) != ("palm-540b", "v5e:8x8"):
         return config
     # 64 chips of 16 GB do not hold 540B parameters in bfloat16, and less beside gathered layers.
-    part = 4 if row.ffn == "wg-xyz" else 2
+    part = 4 if ffn == "wg-xyz" else 2
     return replace(config, layers=config.layers[: config.num_layers // part])
+
+
+def config_of(row: Row) -> Any:
+    """Returns the model of a row."""
+    return model_on(row.model, row.slice, row.ffn)
 
 
 def job_of(row: Row) -> Any:
@@ -79,7 +84,7 @@ def job_of(row: Row) -> Any:
     return Job(config_of(row), phase, BATCH, CONTEXT, LENGTHS[row.phase]), KNOWN[row.slice]
 
 
-def named(sums: dict[Any, int]) -> dict[str, int]:
+def named(sums: dict[Any, Any]) -> dict[str, Any]:
     """Returns bytes of full tensors by words instead of tuples."""
     return {
         f"{where} {kind} {''.join(axes)} {dtype}": size

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import product
@@ -79,20 +79,9 @@ CASES = tuple(
 )
 
 
-def config_of(case: Case) -> Any:
-    """Returns the model, with layers that the slice can hold; a layer sends the same."""
-    from jaxserve.models.named import named_config
-
-    config = named_config(case.model)
-    if (case.model, case.slice) != ("palm-540b", "v5e:8x8"):
-        return config
-    # 64 chips of 16 GB do not hold 540B parameters in bfloat16, and less beside gathered layers.
-    part = 4 if case.prefill == "wg-xyz" else 2
-    return replace(config, layers=config.layers[: config.num_layers // part])
-
-
 def measure(case: Case, step: str) -> dict[str, Any]:
     """Returns what the compiler made of a step."""
+    from benchmarks.collectives import model_on, named
     from jaxserve.config import Quantization
     from jaxserve.partitioning.hardware import slice_of
     from jaxserve.partitioning.layout_file import choose
@@ -101,7 +90,7 @@ def measure(case: Case, step: str) -> dict[str, Any]:
     from jaxserve.planner.topology import Slice
     from jaxserve.serving.options import EngineOptions
 
-    config = config_of(case)
+    config = model_on(case.model, case.slice, case.prefill)
     on = Slice(case.slice, MeshPlan(*case.mesh), "megacore" if "v4" in case.slice else None)
     layout = choose(
         config,
@@ -151,14 +140,6 @@ def measure(case: Case, step: str) -> dict[str, Any]:
         "compile_s": round(report.compile_s, 1),
         "versions": {"jax": version("jax"), "libtpu": version("libtpu")},
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-    }
-
-
-def named(sums: dict[Any, Any]) -> dict[str, Any]:
-    """Returns bytes of full tensors by words instead of tuples."""
-    return {
-        f"{where} {kind} {''.join(axes)} {dtype}": size
-        for (kind, axes, dtype, where), size in sorted(sums.items())
     }
 
 

@@ -146,7 +146,8 @@ def check_step(runner: ModelRunner, shape: StepShape) -> StepReport:
     text, memory = step.as_text(), step.memory_analysis()
     assert text is not None and memory is not None
     tokens = shards * shape.num_tokens
-    rows = -(-shards * shape.num_rows // math.prod(sizes.values())) * math.prod(sizes.values())
+    chips = math.prod(sizes.values())
+    rows = -(-shards * shape.num_rows // chips) * chips
     weights = None if declare.quantize is None else "int8"
     asked = Pass(tokens, rows, declare.dtype, Stage.SAMPLED, weights)
     return StepReport(
